@@ -1,0 +1,198 @@
+"""U-Net topology: finds the self-attentions of an ``ldm`` or ``sgm`` U-Net, parses and prints block names.
+
+A name is ``input.N``, ``middle`` or ``output.N`` as the U-Net counts its blocks, with ``.K`` for one transformer block
+in it. Names that diffusers (``mid``, ``down.block_2``, ``up_blocks.1.attentions.0``) and ComfyUI/Forge extensions
+(``m0``, ``d2.2-9``, ``u0.4``: the n-th block *that holds attention*) use for the same places are understood too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Part = Literal["input", "middle", "output"]
+
+_NUMBERS = r"(?P<first>\d+)(?:\s*-\s*(?:[a-z_]+\.?)?(?P<last>\d+))?"
+_TRANSFORMERS = r"(?:\.(?P<k_first>\d+)(?:\s*-\s*(?P<k_last>\d+))?)?"
+_MIDDLE = re.compile(
+    rf"(?:middle|mid)(?:_block)?(?:\.(?:block_0|attentions[._]0))?(?:\.transformer_blocks)?{_TRANSFORMERS}"
+)
+_LDM = re.compile(rf"(?P<part>input|output)(?:_blocks)?\.{_NUMBERS}{_TRANSFORMERS}")
+_DIFFUSERS = re.compile(
+    r"(?P<part>down|up)(?:_blocks)?\.(?:block_)?(?P<stage>\d+)"
+    rf"(?:\.attentions[._](?P<position>\d+)(?:\.transformer_blocks{_TRANSFORMERS})?)?"
+)
+_SHORT = re.compile(rf"(?P<part>[dmu]){_NUMBERS}{_TRANSFORMERS}")
+_PARTS: dict[str, Part] = {
+    "input": "input", "down": "input", "d": "input", "m": "middle", "output": "output", "up": "output", "u": "output",
+}
+
+
+class BlockNameError(ValueError):
+    """A block name that the U-Net does not have. ``unknown`` is the name, ``allowed`` lists the valid ones."""
+
+    def __init__(self, unknown: str, allowed: str) -> None:
+        self.unknown = unknown
+        self.allowed = allowed
+        super().__init__(f"no self-attention block {unknown!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One self-attention: where it is, and the modules around it."""
+
+    part: Part
+    index: int  # of the block in its part
+    depth: int  # of the transformer block in the U-Net block
+    stage: int  # diffusers' down_blocks/up_blocks index
+    position: int  # diffusers' attentions index within the stage
+    block: nn.Module  # the entry of input_blocks or output_blocks, or middle_block
+    transformer: nn.Module  # the SpatialTransformer
+    transformer_block: nn.Module  # the BasicTransformerBlock
+    attention: nn.Module  # its attn1
+
+    @property
+    def block_name(self) -> str:
+        """``input.N``, ``middle`` or ``output.N``."""
+        return self.part if self.part == "middle" else f"{self.part}.{self.index}"
+
+    @property
+    def name(self) -> str:
+        """The block's name with the transformer block's index."""
+        return f"{self.block_name}.{self.depth}"
+
+
+class Topology:
+    """The self-attentions of one U-Net in the order in which they run.
+
+    Raises ``TypeError`` if ``unet`` is not built of ``input_blocks``, ``middle_block`` and ``output_blocks``.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        try:
+            inputs = list(unet.get_submodule("input_blocks").children())
+            middle = unet.get_submodule("middle_block")
+            outputs = list(unet.get_submodule("output_blocks").children())
+        except AttributeError as error:
+            raise TypeError(f"{type(unet).__name__} has no input_blocks, middle_block and output_blocks") from error
+        self.unet = unet
+        self.blocks: tuple[nn.Module, ...] = (*inputs, middle, *outputs)
+        self.sites: tuple[AttentionSite, ...] = (
+            *_part_sites("input", inputs, ends_stage="Downsample"),
+            *_part_sites("middle", [middle], ends_stage=""),
+            *_part_sites("output", outputs, ends_stage="Upsample"),
+        )
+
+    def block_names(self) -> list[str]:
+        """The names of the blocks that hold self-attention, in order."""
+        return list(dict.fromkeys(site.block_name for site in self.sites))
+
+    def describe(self) -> str:
+        """The valid names in one line, with the transformer blocks where a block has several."""
+        counts = {name: sum(site.block_name == name for site in self.sites) for name in self.block_names()}
+        return ", ".join(name if count == 1 else f"{name} (.0 to .{count - 1})" for name, count in counts.items())
+
+    def resolve(self, text: str) -> tuple[AttentionSite, ...]:
+        """The sites that a comma-separated list of names and ranges selects, in running order, none twice.
+
+        Raises ``BlockNameError`` for the first name that selects nothing or whose ends do not exist.
+        """
+        chosen: set[AttentionSite] = set()
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            chosen.update(self._resolve_item(item))
+        return tuple(site for site in self.sites if site in chosen)
+
+    def resolve_known(self, text: str) -> tuple[AttentionSite, ...]:
+        """Like ``resolve``, but leaves out names that this U-Net does not have (a refiner has fewer blocks)."""
+        chosen: set[AttentionSite] = set()
+        for item in text.split(","):
+            try:
+                chosen.update(self.resolve(item))
+            except BlockNameError:
+                continue
+        return tuple(site for site in self.sites if site in chosen)
+
+    def _resolve_item(self, item: str) -> list[AttentionSite]:
+        lowered = item.lower()
+        for pattern, select in self._grammar():
+            match = pattern.fullmatch(lowered)
+            if match is None:
+                continue
+            found = select(match.groupdict())
+            found = found and _select_depths(found, match["k_first"], match["k_last"])
+            if found:
+                return found
+        raise BlockNameError(item, self.describe())
+
+    def _grammar(self) -> list[tuple[re.Pattern[str], Callable[[dict[str, Any]], list[AttentionSite]]]]:
+        def by_middle(_: dict[str, Any]) -> list[AttentionSite]:
+            return [site for site in self.sites if site.part == "middle"]
+
+        def by_index(groups: dict[str, Any]) -> list[AttentionSite]:
+            part = _PARTS[groups["part"]]
+            indices = [site.index for site in self.sites if site.part == part]
+            return self._between(part, indices, groups)
+
+        def by_ordinal(groups: dict[str, Any]) -> list[AttentionSite]:
+            part = _PARTS[groups["part"]]
+            order = list(dict.fromkeys(site.index for site in self.sites if site.part == part))
+            ordinals = [order.index(site.index) for site in self.sites if site.part == part]
+            return self._between(part, ordinals, groups)
+
+        def by_stage(groups: dict[str, Any]) -> list[AttentionSite]:
+            stage, position = int(groups["stage"]), groups["position"]
+            return [
+                site for site in self.sites
+                if site.part == _PARTS[groups["part"]] and site.stage == stage
+                and (position is None or site.position == int(position))
+            ]
+
+        return [(_MIDDLE, by_middle), (_LDM, by_index), (_DIFFUSERS, by_stage), (_SHORT, by_ordinal)]
+
+    def _between(self, part: Part, numbers: list[int], groups: dict[str, Any]) -> list[AttentionSite]:
+        first, last = int(groups["first"]), int(groups["last"] or groups["first"])
+        if first not in numbers or last not in numbers:
+            return []
+        sites = [site for site in self.sites if site.part == part]
+        return [site for site, number in zip(sites, numbers, strict=True) if first <= number <= last]
+
+
+def check_names(text: str) -> None:
+    """Raises ``BlockNameError`` if an item of ``text`` can't be a block name of any U-Net."""
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if not any(pattern.fullmatch(item.lower()) for pattern in (_MIDDLE, _LDM, _DIFFUSERS, _SHORT)):
+            allowed = "middle, input.N, output.N, a range such as output.3-5, or one transformer block such as middle.0"
+            raise BlockNameError(item, allowed)
+
+
+def _select_depths(sites: list[AttentionSite], first: str | None, last: str | None) -> list[AttentionSite]:
+    if first is None:
+        return sites
+    low, high = int(first), int(last or first)
+    depths = {site.depth for site in sites}
+    return [site for site in sites if low <= site.depth <= high] if {low, high} <= depths else []
+
+
+def _part_sites(part: Part, blocks: Sequence[nn.Module], *, ends_stage: str) -> list[AttentionSite]:
+    sites: list[AttentionSite] = []
+    stage = position = 0
+    for index, block in enumerate(blocks):
+        transformers = [layer for layer in block.children() if hasattr(layer, "transformer_blocks")]
+        depth = 0
+        for transformer in transformers:
+            for transformer_block in transformer.get_submodule("transformer_blocks").children():
+                attention = getattr(transformer_block, "attn1", None)
+                if isinstance(attention, nn.Module) and not getattr(transformer_block, "disable_self_attn", False):
+                    sites.append(AttentionSite(
+                        part=part, index=index, depth=depth, stage=stage, position=position, block=block,
+                        transformer=transformer, transformer_block=transformer_block, attention=attention,
+                    ))
+                depth += 1
+        position += bool(transformers)
+        if any(type(layer).__name__ == ends_stage for layer in block.children()):
+            stage, position = stage + 1, 0
+    return sites

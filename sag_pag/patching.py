@@ -1,0 +1,37 @@
+"""Replacing a module's ``forward`` for the duration of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, make: Callable[[Forward], Forward]) -> Iterator[None]:
+    """Runs with ``module.forward`` replaced by ``make(what was there)``; gives back exactly what was there.
+
+    Whatever ``forward`` is now is wrapped: the class's own, an attention optimisation put on the class, or another
+    extension's replacement on the instance.
+    """
+    instance = vars(module)
+    had_own = "forward" in instance
+    previous: Forward = module.forward
+    instance["forward"] = make(previous)
+    try:
+        yield
+    finally:
+        if had_own:
+            instance["forward"] = previous
+        else:
+            instance.pop("forward", None)
+
+
+def is_replaced(module: nn.Module, name: str) -> bool:
+    """Whether the method ``name`` of this one module is something else than its class's own."""
+    own = vars(module).get(name)
+    return own is not None and getattr(own, "__func__", own) is not getattr(type(module), name, None)

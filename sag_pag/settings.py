@@ -1,0 +1,247 @@
+"""The one definition of every parameter.
+
+User interface, API, infotext, X/Y/Z axes and the README's table are all made from ``PARAMETERS``. The order of the
+fields of ``Settings`` is the positional order of the API and therefore public: append only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+Kind = Literal["bool", "float", "choice", "blocks"]
+Feature = Literal["sag", "pag", "both"]
+Value = bool | float | str
+
+RESCALE_MODES = ("full", "partial", "snf")
+HIRES_PASSES = ("both passes", "first pass", "hires pass")
+FEATURES: tuple[Literal["sag", "pag"], ...] = ("sag", "pag")
+
+
+class SettingError(ValueError):
+    """A parameter that can't be used: names the field, what was sent and what is allowed."""
+
+    def __init__(self, field_name: str, value: object, allowed: str) -> None:
+        self.field = field_name
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{field_name}: {value!r} can't be used; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is to be known about one parameter."""
+
+    name: str
+    feature: Feature
+    kind: Kind
+    default: Value
+    label: str
+    help: str
+    infotext: str
+    minimum: float = 0.0
+    maximum: float = 1.0
+    step: float = 0.01
+    choices: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        if self.kind == "bool":
+            return "true or false"
+        if self.kind == "float":
+            return f"a number from {self.minimum:g} to {self.maximum:g}"
+        if self.kind == "choice":
+            return " or ".join(repr(choice) for choice in self.choices)
+        return 'block names as text, such as "middle" or "input.4, output.3-5"'
+
+    def check(self, value: object) -> Value:
+        """``value`` in the parameter's own type.
+
+        Raises ``SettingError`` for another type, a number out of range or an unknown choice. Numbers may be given as
+        integers; nothing else is converted.
+        """
+        if self.kind == "bool":
+            if isinstance(value, bool):
+                return value
+        elif self.kind == "float":
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                number = float(value)
+                if math.isfinite(number) and self.minimum <= number <= self.maximum:
+                    return number
+        elif isinstance(value, str) and (self.kind == "blocks" or value in self.choices):
+            return " ".join(value.split()) if self.kind == "blocks" else value
+        raise SettingError(self.name, value, self.allowed)
+
+    def parse(self, text: str) -> Value:
+        """The value that ``text`` (infotext, an X/Y/Z cell) stands for; raises ``SettingError``."""
+        stripped = text.strip()
+        if self.kind == "bool" and stripped.lower() in ("true", "false"):
+            return stripped.lower() == "true"
+        if self.kind == "float":
+            try:
+                return self.check(float(stripped))
+            except ValueError as error:
+                raise SettingError(self.name, text, self.allowed) from error
+        return self.check(stripped)
+
+    def format(self, value: Value) -> str:
+        """``value`` as infotext; ``parse`` gives exactly the same value back."""
+        return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _parameter(default: Value, feature: Feature, label: str, help_text: str, infotext: str, **extra: Any) -> Any:
+    kind: Kind = "bool" if isinstance(default, bool) else "float" if isinstance(default, float) else "choice"
+    about = {"feature": feature, "kind": kind, "label": label, "help": help_text, "infotext": infotext, **extra}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All parameters of one generation. Every value is checked; a bad one raises ``SettingError``."""
+
+    sag_enabled: bool = _parameter(
+        False, "sag", "Self-Attention Guidance (SAG)",
+        "Steers away from a version of the picture that is blurred where the model looks most: finer detail.", "SAG")
+    sag_scale: float = _parameter(
+        0.75, "sag", "Scale", "How strongly to steer. 0.5 to 1 is usual; more turns crisp into harsh.", "SAG scale",
+        maximum=5.0)
+    sag_threshold: float = _parameter(
+        1.0, "sag", "Mask threshold",
+        "How much attention a place must get to be blurred. 1 is the average; higher touches less of the picture.",
+        "SAG mask threshold", maximum=3.0)
+    sag_blur_sigma: float = _parameter(
+        1.0, "sag", "Blur sigma", "How wide the blur is, in latent pixels of 8 picture pixels. 0 switches SAG off.",
+        "SAG blur sigma", maximum=10.0)
+    sag_block: str = _parameter(
+        "middle", "sag", "Block to read", "The U-Net block whose self-attention shows where the model looks.",
+        "SAG block", kind="blocks")
+    sag_start: float = _parameter(
+        0.0, "sag", "Start", "From which part of the way from noise (0) to picture (1) on.", "SAG start")
+    sag_end: float = _parameter(
+        1.0, "sag", "End", "Up to which part of the way from noise (0) to picture (1).", "SAG end")
+    pag_enabled: bool = _parameter(
+        False, "pag", "Perturbed-Attention Guidance (PAG)",
+        "Steers away from a version of the picture made with its attention switched off: sounder structure.", "PAG")
+    pag_scale: float = _parameter(
+        3.0, "pag", "Scale", "How strongly to steer. 2 to 4 is usual with a prompt, 5 without CFG.", "PAG scale",
+        maximum=20.0, step=0.05)
+    pag_blocks: str = _parameter(
+        "middle", "pag", "Blocks to perturb",
+        "U-Net blocks, separated by commas: middle, input.4, output.3-5, middle.0 for one transformer block.",
+        "PAG blocks", kind="blocks")
+    pag_start: float = _parameter(
+        0.0, "pag", "Start", "From which part of the way from noise (0) to picture (1) on.", "PAG start")
+    pag_end: float = _parameter(
+        1.0, "pag", "End", "Up to which part of the way from noise (0) to picture (1).", "PAG end")
+    pag_fade: bool = _parameter(
+        False, "pag", "Fade to the end", "Lets the scale fall evenly from its full value at the start to 0 at the end.",
+        "PAG fade")
+    rescale: float = _parameter(
+        0.0, "both", "Rescale", "Takes back the extra contrast that strong guidance adds. 0 is off, 1 is all of it.",
+        "SAG/PAG rescale")
+    rescale_mode: str = _parameter(
+        "full", "both", "Rescale mode",
+        "full: CFG and guidance together; partial: the guidance alone; snf: at each place the stronger of the two.",
+        "SAG/PAG rescale mode", choices=RESCALE_MODES)
+    hires_pass: str = _parameter(
+        "both passes", "both", "Hires. fix", "In which passes of hires. fix to guide.", "SAG/PAG hires",
+        choices=HIRES_PASSES)
+    hires_own_scales: bool = _parameter(
+        False, "both", "Other scales in the hires pass", "Use the two scales below in the hires pass.",
+        "SAG/PAG hires own scales")
+    hires_sag_scale: float = _parameter(
+        0.75, "both", "SAG scale in the hires pass", "Used if other scales are chosen for the hires pass.",
+        "SAG hires scale", maximum=5.0)
+    hires_pag_scale: float = _parameter(
+        3.0, "both", "PAG scale in the hires pass", "Used if other scales are chosen for the hires pass.",
+        "PAG hires scale", maximum=20.0, step=0.05)
+
+    def __post_init__(self) -> None:
+        for parameter in PARAMETERS.values():
+            object.__setattr__(self, parameter.name, parameter.check(getattr(self, parameter.name)))
+
+    def check_order(self) -> None:
+        """Raises ``SettingError`` if a range ends before it starts."""
+        for feature in FEATURES:
+            start, end = getattr(self, f"{feature}_start"), getattr(self, f"{feature}_end")
+            if start > end:
+                raise SettingError(f"{feature}_start", start, f"a number up to {feature}_end, here {end:g}")
+
+    @classmethod
+    def from_list(cls, values: Sequence[object]) -> Settings:
+        """Settings from positional values (API, user interface), missing ones at the end taking defaults.
+
+        A dict as the first value is read as ``from_dict`` does and what follows it is ignored: the WebUI pads
+        short lists with defaults. Raises ``SettingError``.
+        """
+        if values and isinstance(values[0], Mapping):
+            return cls.from_dict(values[0])
+        if len(values) > len(PARAMETERS):
+            raise SettingError("args", f"{len(values)} values", f"at most {len(PARAMETERS)} values")
+        return cls(**dict(zip(PARAMETERS, values, strict=False)))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[Any, object]) -> Settings:
+        """Settings from named values, missing ones taking defaults. Raises ``SettingError``.
+
+        To name any parameter of SAG or of PAG switches that feature on, unless its ``…_enabled`` says otherwise.
+        """
+        for name in values:
+            if name not in PARAMETERS:
+                raise SettingError(str(name), values[name], "these names: " + ", ".join(PARAMETERS))
+        return cls().with_values({**implied_switches(values), **values})
+
+    def with_values(self, values: Mapping[str, object]) -> Settings:
+        """These settings with some replaced; raises ``SettingError``."""
+        return replace(self, **values)  # type: ignore[arg-type]
+
+    def values(self) -> tuple[Value, ...]:
+        """All values in positional order."""
+        return tuple(getattr(self, name) for name in PARAMETERS)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any feature is switched on."""
+        return self.sag_enabled or self.pag_enabled
+
+    def infotext(self) -> dict[str, str]:
+        """What is on, as infotext fields: the switches and scales, and whatever else is not at its default."""
+        result: dict[str, str] = {}
+        for parameter in PARAMETERS.values():
+            if parameter.feature == "both" and not self.enabled:
+                continue
+            if parameter.feature != "both" and not getattr(self, f"{parameter.feature}_enabled"):
+                continue
+            value: Value = getattr(self, parameter.name)
+            if value != parameter.default or parameter.name in ("sag_scale", "pag_scale"):
+                result[parameter.infotext] = parameter.format(value)
+        return result
+
+
+def implied_switches(names: Iterable[str]) -> dict[str, object]:
+    """The ``…_enabled`` values that naming these parameters implies."""
+    features = {PARAMETERS[name].feature for name in names}
+    return {f"{feature}_enabled": True for feature in FEATURES if feature in features}
+
+
+PARAMETERS: dict[str, Parameter] = {
+    f.name: Parameter(name=f.name, default=f.default, **f.metadata) for f in fields(Settings)  # type: ignore[arg-type]
+}
+
+
+def complete_infotext(pasted: Mapping[str, str]) -> dict[str, str]:
+    """What a pasted infotext says without naming it.
+
+    A feature that the text does not name is off; once it names one, parameters that it does not name have defaults.
+    """
+    named = {f for f in FEATURES if pasted.get(PARAMETERS[f"{f}_enabled"].infotext) == "True"}
+    result = {}
+    for parameter in PARAMETERS.values():
+        is_switch = parameter.name in ("sag_enabled", "pag_enabled")
+        belongs = is_switch or parameter.feature in named or (parameter.feature == "both" and bool(named))
+        if belongs and parameter.infotext not in pasted:
+            result[parameter.infotext] = parameter.format(parameter.default)
+    return result

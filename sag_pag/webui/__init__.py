@@ -1,0 +1,1 @@
+"""The glue to the WebUI: the only place that imports its ``modules`` or gradio."""

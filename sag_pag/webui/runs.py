@@ -1,0 +1,219 @@
+"""Guidance in the WebUI's sampling loop.
+
+A ``GuidedRun`` lives as long as one call of ``p.sample``, and everything it puts on the host's objects goes when that
+call ends, however it ends. Within it each step goes: CFG-denoiser callback (the denoiser's forward is replaced) → U-Net
+calls → denoised callback (the forward is given back, SAG makes its own call) → CFG → after-CFG callback (the guidance
+is added). The WebUI prints and swallows exceptions from callbacks: they are kept here and raised where it does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from sag_pag.patching import Forward, forward_replaced
+from sag_pag.session import GuidedStep, check_blocks, plan_step
+from sag_pag.settings import SettingError, Settings
+from sag_pag.webui import host
+
+logger = logging.getLogger(__name__)
+
+NOTE = "SAG/PAG note"
+"""Infotext field that says why a picture is not guided though a feature was on."""
+
+
+class RefusedError(ValueError):
+    """A generation refused for a setting; the API answers with this status code and detail."""
+
+    def __init__(self, error: SettingError) -> None:
+        super().__init__(str(error))
+        self.status_code = 422
+        self.detail = str(error)
+        self.body = {"field": error.field, "value": repr(error.value), "allowed": error.allowed}
+
+
+class GuidedRun:
+    """One guided call of ``p.sample``."""
+
+    def __init__(self, p: Any, settings: Settings) -> None:
+        self.p = p
+        self.settings = settings
+        self._step: GuidedStep | None = None
+        self._denoiser: Any = None
+        self._patch = ExitStack()
+        self._error: Exception | None = None
+
+    def check(self) -> bool:
+        """Whether the loaded model can be guided; if not, the picture's metadata and the log say why.
+
+        Raises ``RefusedError`` for blocks that it does not have.
+        """
+        try:
+            check_blocks(self.settings, host.loaded_topology())
+        except SettingError as error:
+            raise RefusedError(error) from error
+        except host.UnguidableModelError as error:
+            for key in self.settings.infotext():
+                self.p.extra_generation_params.pop(key, None)
+            self.note(f"not applied, {error}")
+            return False
+        if self.settings.pag_enabled and not self.settings.pag_blocks:
+            self.note("PAG not applied, no block is chosen")
+        return True
+
+    def note(self, text: str) -> None:
+        """Says once, in the picture's metadata and in the log, what guidance did not do."""
+        if self.p.extra_generation_params.get(NOTE) != text:
+            self.p.extra_generation_params[NOTE] = text
+            logger.warning("Self-Attention & Perturbed-Attention Guidance: %s", text)
+
+    def begin_step(self, denoiser: Any) -> None:
+        """CFG-denoiser callback: stands in for the denoiser's forward until the step's U-Net calls are done."""
+        self._patch.close()
+        self._step, self._denoiser = None, denoiser
+        self._patch.enter_context(forward_replaced(denoiser.inner_model, self._stand_in))
+
+    def _stand_in(self, denoise: Forward) -> Forward:
+        def forward(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
+            if self._error is not None:
+                raise self._error
+            if self._step is None:
+                self._step = self._make_step(denoise, sigma)
+            return denoise(x, sigma, **kwargs) if self._step is None else self._step(x, sigma, **kwargs)
+
+        return forward
+
+    def _make_step(self, denoise: Forward, sigma: Tensor) -> GuidedStep | None:
+        """This step's guidance. Resolved against the live model: a refiner may have taken over."""
+        try:
+            topology = host.loaded_topology()
+        except host.UnguidableModelError as error:
+            self.note(f"not applied to the end, {error}")
+            return None
+        hires = host.hires_pass(self.p)
+        plan = plan_step(self.settings, topology, progress=host.progress(self._denoiser, sigma), hires=hires)
+        if plan is None:
+            return None
+        return GuidedStep(
+            denoise, plan, topology=topology, layout=host.row_layout(self._denoiser), space=host.space(self._denoiser),
+            own_call=host.wants_own_call(), key_value_inputs=host.key_value_inputs(),
+        )
+
+    def steps_with(self, inner_model: Any) -> bool:
+        """Whether the step under way is of the denoiser with this inner model."""
+        return self._denoiser is not None and self._denoiser.inner_model is inner_model
+
+    def end_calls(self) -> None:
+        """CFG-denoised callback: all of the step's U-Net calls are done."""
+        self._patch.close()
+        if self._step is not None:
+            self._step.finish()
+
+    def guide(self, combined: Tensor) -> Tensor:
+        """After-CFG callback: the host's result with the guidance added."""
+        step, self._step = self._step, None
+        denoiser, self._denoiser = self._denoiser, None
+        if step is None or self._error is not None:
+            return combined
+        return step.apply(
+            combined, factor=denoiser.cond_scale_miltiplier, weight=host.inpainting_weight(denoiser)
+        )
+
+    def failing_visibly(self, work: Callable[[], Any]) -> Any:
+        """Runs a callback's work; an exception is kept for the next U-Net call, or the end, to raise."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - the host would print and forget it
+            self._error = self._error or error
+            return None
+
+    def close(self) -> None:
+        """Gives back whatever is still replaced."""
+        self._patch.close()
+        self._step = self._denoiser = None
+
+    def raise_if_failed(self) -> None:
+        """Raises what a callback failed with, if any did."""
+        if self._error is not None:
+            raise self._error
+
+
+class GuidedSample:
+    """Stands in for ``p.sample`` once: guides it, or refuses. The WebUI swallows exceptions from script methods, but
+    not from ``p.sample``.
+    """
+
+    def __init__(self, callbacks: Callbacks, p: Any, settings: Settings | SettingError) -> None:
+        self.callbacks = callbacks
+        self.p = p
+        self.settings: Settings | SettingError | None = settings
+        self.had_own = "sample" in vars(p)
+        self.original = p.sample
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        settings, self.settings = self.settings, None
+        self.remove()
+        if isinstance(settings, SettingError):
+            raise RefusedError(settings)
+        sample = partial(self.original, *args, **kwargs)
+        return sample() if settings is None else self.callbacks.sample(GuidedRun(self.p, settings), sample)
+
+    def remove(self) -> None:
+        """Gives ``p.sample`` back, unless another extension has wrapped this one by now; then it only passes on."""
+        if vars(self.p).get("sample") is self:
+            del self.p.sample
+            if self.had_own:
+                self.p.sample = self.original
+
+
+class Callbacks:
+    """The three CFG callbacks, for whichever guided run is going on. Between runs it holds nothing."""
+
+    def __init__(self) -> None:
+        self._running: list[GuidedRun] = []
+
+    def prepare(self, p: Any, settings: Settings | SettingError | None) -> None:
+        """Makes the next ``p.sample`` guided by ``settings`` or refused for them; ``None``: neither."""
+        standing = vars(p).get("sample")
+        if isinstance(standing, GuidedSample):
+            standing.remove()
+        if settings is not None:
+            p.sample = GuidedSample(self, p, settings)
+
+    def sample(self, run: GuidedRun, sample: Callable[[], Any]) -> Any:
+        """Runs ``sample`` with guidance. Raises whatever it raises, and what a callback failed with."""
+        if not run.check():
+            return sample()
+        self._running.append(run)
+        try:
+            result = sample()
+        finally:
+            self._running.remove(run)
+            run.close()
+        run.raise_if_failed()
+        return result
+
+    def on_cfg_denoiser(self, params: Any) -> None:
+        """Before a step's U-Net calls."""
+        for run in self._running:
+            if run.p is params.denoiser.p:
+                run.failing_visibly(partial(run.begin_step, params.denoiser))
+
+    def on_cfg_denoised(self, params: Any) -> None:
+        """After a step's U-Net calls, before CFG."""
+        for run in self._running:
+            if run.steps_with(params.inner_model):
+                run.failing_visibly(run.end_calls)
+
+    def on_cfg_after_cfg(self, params: Any) -> None:
+        """After CFG. Tells nobody whose step it is; it can only be that of the innermost run."""
+        if self._running:
+            run = self._running[-1]
+            guided = run.failing_visibly(partial(run.guide, params.x))
+            if guided is not None:
+                params.x = guided

@@ -1,0 +1,77 @@
+"""X/Y/Z plot axes, one for every parameter. An axis edits the script's own arguments of the cell's generation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from modules import scripts
+
+from sag_pag.session import check_blocks
+from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, implied_switches
+from sag_pag.webui import host
+from sag_pag.webui.panel import TITLE
+from sag_pag.webui.runs import RefusedError
+
+_GROUPS = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
+
+
+def axis_label(parameter: Parameter) -> str:
+    """The name in the axis dropdown, such as ``[PAG] Scale``."""
+    label = "Enable" if parameter.name.endswith("_enabled") else parameter.label
+    return f"[{_GROUPS[parameter.feature]}] {label}"
+
+
+def register_axes() -> None:
+    """Adds the axes to the X/Y/Z plot, once however often the UI is made."""
+    for data in scripts.scripts_data:
+        if data.script_class.__module__ not in ("xyz_grid.py", "scripts.xyz_grid"):
+            continue
+        known = {option.label for option in data.module.axis_options}
+        for parameter in PARAMETERS.values():
+            if axis_label(parameter) not in known:
+                data.module.axis_options.append(_axis(data.module, parameter))
+
+
+def _axis(module: Any, parameter: Parameter) -> Any:
+    choices = {"bool": ("True", "False"), "choice": parameter.choices}.get(parameter.kind)
+    return module.AxisOption(
+        axis_label(parameter), float if parameter.kind == "float" else str, partial(_apply, parameter),
+        confirm=partial(_confirm, parameter), choices=None if choices is None else lambda: list(choices),
+    )
+
+
+def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
+    """Refuses a bad value, in a cell or in the script's other arguments, before the first picture is made."""
+    try:
+        topology = host.loaded_topology()
+    except host.UnguidableModelError:
+        topology = None
+    script = _script(p)
+    try:
+        settings = Settings.from_list(p.script_args[script.args_from : script.args_to])
+        for cell in cells:
+            check_blocks(_changed(settings, parameter, cell), topology)
+    except SettingError as error:
+        raise RefusedError(error) from error
+
+
+def _script(p: Any) -> Any:
+    return next(script for script in p.scripts.alwayson_scripts if script.title() == TITLE)
+
+
+def _changed(settings: Settings, parameter: Parameter, cell: Any) -> Settings:
+    """``settings`` with the parameter set to the cell's value and its feature switched on."""
+    value = parameter.parse(cell) if isinstance(cell, str) else parameter.check(cell)
+    return settings.with_values({**implied_switches([parameter.name]), parameter.name: value})
+
+
+def _apply(parameter: Parameter, p: Any, cell: Any, _cells: list[Any]) -> None:
+    """Sets the parameter, and switches its feature on, in the arguments of this cell's generation."""
+    script = _script(p)
+    before, own, after = (
+        p.script_args[: script.args_from], p.script_args[script.args_from : script.args_to],
+        p.script_args[script.args_to :],
+    )
+    changed = _changed(Settings.from_list(own), parameter, cell)
+    p.script_args = type(p.script_args)((*before, *changed.values(), *after))

@@ -1,0 +1,95 @@
+"""Fixtures for the tests against a real WebUI, which ``WEBUI_DIR`` names; without it they are skipped, and say so."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import Client
+from server import (
+    REPOSITORY,
+    Installation,
+    NoWebUI,
+    Server,
+    ensure_checkpoints,
+    running_server,
+)
+
+EXTENSION = {"sag-pag": REPOSITORY}
+
+ServerFactory = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def installation() -> Installation:
+    """The WebUI to test against."""
+    try:
+        return Installation.find()
+    except NoWebUI as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(installation: Installation) -> Path:
+    """The folder with the tiny checkpoints."""
+    return ensure_checkpoints(installation)
+
+
+@pytest.fixture(scope="session")
+def start_server(
+    installation: Installation, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerFactory]:
+    """Start further servers, with `running_server`'s own keywords; all are stopped at the end of the session."""
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, **keywords: Any) -> Server:
+            keywords.setdefault("data_folder", tmp_path_factory.mktemp(name))
+            return stack.enter_context(running_server(installation, checkpoints=checkpoints, **keywords))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def webui(start_server: ServerFactory) -> Server:
+    """A WebUI with this extension installed."""
+    return start_server("webui", extensions=EXTENSION)
+
+
+@pytest.fixture(scope="session")
+def plain_webui(start_server: ServerFactory) -> Server:
+    """A WebUI without any extension but its own: what pictures must be equal to."""
+    return start_server("plain-webui", extensions={})
+
+
+@pytest.fixture
+def client(webui: Server) -> Client:
+    """The API of the WebUI with this extension."""
+    return webui.client
+
+
+@pytest.fixture
+def plain_client(plain_webui: Server) -> Client:
+    """The API of the WebUI without it."""
+    return plain_webui.client
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Say with every failure where the logs of the servers are."""
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        for name, value in item.funcargs.items():
+            if isinstance(value, Server):
+                report.sections.append((f"log of {name}", f"{value.log_file}\n...\n{value.log()[-2000:]}"))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Make the skip visible without ``-rs``: these tests are the only ones that see the real host."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())
+               if isinstance(report.longrepr, tuple)}  # fmt: skip
+    for reason in sorted(reason for reason in reasons if "WEBUI_DIR" in reason):
+        terminalreporter.write_line(reason, yellow=True, bold=True)
