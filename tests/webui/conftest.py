@@ -12,7 +12,7 @@ from client import Client
 from server import (
     REPOSITORY,
     Installation,
-    NoWebUI,
+    NoWebUIError,
     Server,
     ensure_checkpoints,
     running_server,
@@ -28,7 +28,7 @@ def installation() -> Installation:
     """The WebUI to test against."""
     try:
         return Installation.find()
-    except NoWebUI as reason:
+    except NoWebUIError as reason:
         pytest.skip(str(reason))
 
 

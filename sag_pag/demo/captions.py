@@ -1,0 +1,76 @@
+"""Captions of the drawn pictures: their words, their grammar, and the encoder that turns them into a context.
+
+A caption reads ``[small|big] [colour] shape [and [small|big] [colour] shape] [on [striped] colour]``, the left object
+first: "red star on green", "small white moon and big red heart on striped blue". Every part is optional and the
+empty caption is the unconditional one. A caption becomes eight tokens, one a slot: slots, not word order, tell the
+first object's colour from the second's and from the background's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SIZES = ("small", "big")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "moon")
+PATTERNS = ("striped",)
+
+SLOTS = (SIZES, COLOURS, SHAPES, SIZES, COLOURS, SHAPES, PATTERNS, COLOURS)
+"""What each of the eight slots may hold: left object, right object, background."""
+
+VOCABULARY = ("", *SIZES, *COLOURS, *SHAPES, *PATTERNS)
+WORD_IDS = {word: index for index, word in enumerate(VOCABULARY)}
+CONTEXT_DIM = 64
+
+_SECTIONS = {"": (0, 3), "and": (3, 6), "on": (6, 8)}
+"""The word that opens a part of the caption, and the slots of that part."""
+_ARTICLES = frozenset(("a", "an", "the"))
+
+
+class CaptionError(ValueError):
+    """A caption that the model cannot read; the message is one line for the user."""
+
+
+def parse(caption: str) -> list[int]:
+    """The eight word ids of a caption, 0 where a slot is empty. Raises :class:`CaptionError`."""
+    ids = [0] * len(SLOTS)
+    slot, end = _SECTIONS[""]
+    for word in caption.lower().replace(",", " ").split():
+        if word in _ARTICLES:
+            continue
+        if word in _SECTIONS:
+            start, stop = _SECTIONS[word]
+            if stop <= end or (word == "and" and not any(ids)):
+                raise CaptionError(f"{word!r} is out of place in {caption!r}")
+            slot, end = start, stop
+            continue
+        if word not in WORD_IDS:
+            raise CaptionError(f"unknown word {word!r}; known are {', '.join((*VOCABULARY[1:], 'and', 'on'))}")
+        fitting = [index for index in range(slot, end) if word in SLOTS[index]]
+        if not fitting:
+            raise CaptionError(f"{word!r} is out of place in {caption!r}; write it like 'small red star on green'")
+        ids[fitting[0]] = WORD_IDS[word]
+        slot = fitting[0] + 1
+    return ids
+
+
+def describe(ids: list[int]) -> str:
+    """The caption of eight word ids: the inverse of :func:`parse`."""
+    words = [VOCABULARY[index] for index in ids]
+    left, right, ground = (" ".join(filter(None, part)) for part in (words[:3], words[3:6], words[6:]))
+    objects = " and ".join(filter(None, (left, right)))
+    return " ".join(filter(None, (objects, f"on {ground}" if ground else "")))
+
+
+class CaptionEncoder(nn.Module):
+    """A learned vector a word plus a learned vector a slot: ``(B, 8)`` word ids to a ``(B, 8, 64)`` context."""
+
+    def __init__(self, dim: int = CONTEXT_DIM) -> None:
+        super().__init__()
+        self.word = nn.Embedding(len(VOCABULARY), dim)
+        self.slot = nn.Parameter(torch.randn(len(SLOTS), dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.word(ids) + self.slot
+        return out

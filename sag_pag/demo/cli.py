@@ -1,0 +1,234 @@
+"""The command line: ``python -m sag_pag.demo [grid|train|train-classifier|evaluate] [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from sag_pag.demo import classifier, evaluate, grid, points, report, train
+from sag_pag.demo.captions import parse
+from sag_pag.demo.model import WEIGHTS, DemoModel, load
+from sag_pag.demo.progress import Progress
+from sag_pag.demo.sampling import SAMPLERS
+from sag_pag.settings import PARAMETERS, Settings
+
+CAPTIONS = (
+    "red star on green",
+    "yellow moon on black",
+    "white heart on red",
+    "purple cross on striped orange",
+    "green disc and orange square on blue",
+    "red heart and white star on purple",
+)
+HOST_ONLY = ("sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments get one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def say(line: str) -> None:
+    """A line of the command's own output."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _seeds(text: str) -> list[int]:
+    """``1-4,9`` as 1, 2, 3, 4, 9."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} are no seeds; write them like 1-4,9")
+        seeds += range(int(first), int(last or first) + 1)
+    if not 0 < len(seeds) <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r} are {len(seeds)} seeds; 1 to 64 can be shown")
+    return seeds
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _cfg(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 <= scale <= 30:
+        raise argparse.ArgumentTypeError(f"{text!r} is no CFG scale from 0 to 30")
+    return scale
+
+
+def _new_parser(command: str, description: str) -> _Parser:
+    name = "python -m sag_pag.demo" + (f" {command}" if command != "grid" else "")
+    parser = _Parser(prog=name, description=description)
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    return parser
+
+
+def _model(parser: _Parser, path: Path) -> DemoModel:
+    if not path.is_file():
+        parser.error(f"there are no weights at {path}")
+    return load(path)
+
+
+def run_grid(arguments: Sequence[str]) -> None:
+    """The default command: one picture that shows what the guidances do."""
+    parser = _new_parser("grid", __doc__ or "")
+    parser.description = "Writes a grid: the same seeds without guidance, with SAG, PAG and both, without and with CFG."
+    parser.epilog = f"Other commands: {', '.join(name for name in COMMANDS if name != 'grid')}; each has --help."
+    parser.add_argument("--prompt", action="append", help="a caption like 'big red star on striped green'; repeatable")
+    parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3, 4, 5, 6], help="like 1-4,9 (default: 1-6)")
+    parser.add_argument("--cfg", type=_cfg, default=3.0, help="CFG scale of the lower half (default: 3)")
+    parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="euler")
+    parser.add_argument("--output", type=Path, default=Path("sag-pag-demo.png"), help="where to write the picture")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)
+    for name, parameter in PARAMETERS.items():
+        if name not in HOST_ONLY:
+            flag = "--" + name.replace("_", "-")
+            if parameter.kind == "bool":
+                parser.add_argument(flag, action="store_const", const="true", help=parameter.help)
+            else:
+                parser.add_argument(flag, metavar="VALUE", help=f"{parameter.help} (default: {parameter.default})")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    model = _model(parser, options.weights)
+    prompts = options.prompt or CAPTIONS
+    captions = [prompts[index % len(prompts)] for index in range(len(options.seeds))]
+    given = {name: getattr(options, name) for name in PARAMETERS if getattr(options, name, None) is not None}
+    try:
+        for caption in prompts:
+            parse(caption)
+        settings = Settings(**{name: PARAMETERS[name].parse(text) for name, text in given.items()})  # type: ignore[arg-type]
+        settings.check_order()
+        grid.check_blocks_of(model, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.output.parent.is_dir():
+        parser.error(f"there is no folder {options.output.parent}")
+    if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        parser.error(f"{options.output.name!r} is no picture's name; end it in .png, .jpg or .webp")
+    began = time.perf_counter()
+    total = options.steps * len(grid.VARIANTS) * (2 if options.cfg != 1 else 1)
+    with Progress("sampling", total) as bar:
+        done = 0
+
+        def on_step() -> None:
+            nonlocal done
+            done += 1
+            bar.update(done)
+
+        rows = grid.make_rows(
+            model, captions, seeds=options.seeds, settings=settings, cfg=options.cfg, steps=options.steps,
+            sampler=options.sampler, on_step=on_step,
+        )  # fmt: skip
+    grid.draw_grid(rows, captions, seeds=options.seeds).save(options.output)
+    say(f"{options.output.resolve()} ({time.perf_counter() - began:.1f} s)")
+    for line in grid.cost_lines(rows):
+        say(line)
+
+
+def run_train(arguments: Sequence[str]) -> None:
+    """Training of the shipped model."""
+    parser = _new_parser("train", "Trains the demo model on freshly drawn pictures; goes on where it was stopped.")
+    parser.add_argument("--out", type=Path, default=Path("demo-training"), help="checkpoint, weights and loss curve")
+    defaults = train.TrainSettings(out=Path())
+    for name in ("steps", "batch", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help="(default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the shipped weights were)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    names = ("out", "steps", "batch", "seed", "learning_rate", "bf16", "device")
+    try:
+        settings = train.TrainSettings(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        parser.error(str(error))
+    say(str(train.train(settings).resolve()))
+
+
+def run_train_classifier(arguments: Sequence[str]) -> None:
+    """Training of the judge."""
+    parser = _new_parser("train-classifier", "Trains the classifier whose features and answers `evaluate` uses.")
+    parser.add_argument("--out", type=Path, default=Path("classifier.safetensors"))
+    parser.add_argument("--steps", type=_positive, default=2000)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    model = classifier.train_classifier(steps=options.steps)
+    classifier.save_classifier(model, options.out)
+    say(f"{options.out.resolve()}; accuracy by slot: {', '.join(f'{x:.3f}' for x in classifier.accuracy(model))}")
+
+
+def run_evaluate(arguments: Sequence[str]) -> None:
+    """The proof: Fréchet distance, precision, recall, caption agreement."""
+    parser = _new_parser("evaluate", "Measures what guidance does to many samples; goes on where it was stopped.")
+    parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
+    parser.add_argument(
+        "--sweep", action="append", choices=points.SWEEPS, help="instead of the default set; repeatable"
+    )
+    parser.add_argument("--all", action="store_true", help="the default set and every sweep")
+    parser.add_argument("--groups", type=_positive, default=10, help="groups of seeds (default: 10)")
+    parser.add_argument("--group-size", type=_positive, default=100, help="samples a group (default: 100)")
+    parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+    parser.add_argument("--part", default="1/1", help="2/4: make the second quarter of the samples only, no results")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    part, _, parts = options.part.partition("/")
+    if not part.isdecimal() or not parts.isdecimal() or not 1 <= int(part) <= int(parts):
+        parser.error(f"{options.part!r} is no part; write it like 2/4")
+    try:
+        size = evaluate.Size(groups=options.groups, group=options.group_size)
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.no_plots and not report.can_plot():
+        parser.error("the plots need matplotlib: install it, or say --no-plots")
+    judge = evaluate.Evaluation(
+        _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size
+    )
+    wanted = {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in options.sweep or ()}
+    if options.all or not wanted:
+        wanted = {"default": points.default_points(options.steps), **wanted}
+    if options.all:
+        wanted |= {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in points.SWEEPS}
+    judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))
+    if int(parts) == 1:
+        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots):
+            say(str(path.resolve()))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "grid": run_grid,
+    "train": run_train,
+    "train-classifier": run_train_classifier,
+    "evaluate": run_evaluate,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; the grid if none is named."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command = given.pop(0) if given and given[0] in COMMANDS else "grid"
+    try:
+        COMMANDS[command](given)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        sys.exit(130)

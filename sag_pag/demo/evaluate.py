@@ -1,0 +1,197 @@
+"""Does guidance improve pictures? Fréchet distance, precision, recall and caption agreement of many samples.
+
+Samples are made in groups of seeds; a finished group is a small file, so an interrupted run goes on where it was, and
+memory holds one batch of pictures and the features. Every point uses the same seeds and captions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sag_pag.demo import data, metrics
+from sag_pag.demo.captions import describe
+from sag_pag.demo.classifier import Classifier, agreement
+from sag_pag.demo.metrics import Estimate, Moments
+from sag_pag.demo.model import DemoModel
+from sag_pag.demo.points import Point
+from sag_pag.demo.progress import Progress
+from sag_pag.demo.sampling import sample
+
+REFERENCE_SEED = 3 * 10**6
+REAL_SEED = 4 * 10**6
+CAPTION_SEED = 5 * 10**6
+REFERENCE = 20_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many samples a point gets: ``groups`` of ``group`` each, made ``batch`` at a time."""
+
+    groups: int = 10
+    group: int = 100
+    batch: int = 25
+
+    def __post_init__(self) -> None:
+        if self.groups < 2 or self.group < 2 or self.batch < 1:
+            raise ValueError("intervals need at least two groups of at least two samples")
+
+    @property
+    def total(self) -> int:
+        return self.groups * self.group
+
+
+@dataclass(frozen=True)
+class Result:
+    """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds."""
+
+    point: Point
+    samples: int
+    frechet: Estimate
+    change: Estimate | None
+    precision: Estimate
+    recall: Estimate
+    agreement: Estimate
+    gigaflops: float
+
+
+def fingerprint(model: DemoModel) -> str:
+    """A short hash of the weights: results of other weights are not taken for this one's."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def drawn_features(classifier: Classifier, count: int, *, seed: int, chunk: int = 500) -> Tensor:
+    """``(count, 96)`` features of freshly drawn pictures."""
+    parts = []
+    for index, start in enumerate(range(0, count, chunk)):
+        generator = torch.Generator().manual_seed(seed * 10**9 + index)
+        pictures = data.render(data.draw_scenes(min(chunk, count - start), generator))
+        parts.append(classifier.embed(pictures))
+    return torch.cat(parts)
+
+
+def group_captions(group: int, size: int) -> Tensor:
+    """``(size, 8)`` word ids of one group: complete captions, drawn as training's are."""
+    generator = torch.Generator().manual_seed(CAPTION_SEED * 10**9 + group)
+    return data.caption_ids(data.draw_scenes(size, generator))
+
+
+def count_gigaflops(model: DemoModel, point: Point) -> float:
+    """Floating-point operations of one picture, counted."""
+    with FlopCounterMode(display=False) as counter:
+        sample(model, ["red star on green" if point.captioned else ""], seeds=[0], recipe=point.recipe)
+    return float(counter.get_total_flops()) / 1e9
+
+
+class Evaluation:
+    """Makes what is missing of the samples' features, and turns features into results."""
+
+    def __init__(self, model: DemoModel, classifier: Classifier, *, out: Path, size: Size) -> None:
+        self.model = model
+        self.classifier = classifier
+        self.out = out
+        self.size = size
+        self.name = fingerprint(model)
+        self.costs: dict[str, float] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        reference = drawn_features(classifier, REFERENCE, seed=REFERENCE_SEED)
+        self.reference = Moments.of(reference)
+        self.manifold = reference[: size.total]
+
+    def path(self, point: Point, group: int) -> Path:
+        key = point.key(model=self.name, group_size=self.size.group)
+        return self.out / f"{key}-{group:03}.safetensors"
+
+    def missing(self, points: Sequence[Point], *, part: int = 1, parts: int = 1) -> list[tuple[Point, int]]:
+        """Points and groups still to be made, each once: several sweeps share points."""
+        wanted = {self.path(point, group): (point, group) for group in range(self.size.groups) for point in points}
+        shares = list(wanted.items())[part - 1 :: parts]
+        return [todo for path, todo in shares if not path.exists()]
+
+    @torch.no_grad()
+    def make(self, point: Point, group: int, *, on_step: Callable[[], None] | None = None) -> None:
+        """Sample one group and write its features and caption agreement."""
+        size = self.size
+        ids = group_captions(group, size.group)
+        captions = [describe(row) if point.captioned else "" for row in ids.tolist()]
+        features, agreements = [], []
+        for start in range(0, size.group, size.batch):
+            rows = range(start, min(start + size.batch, size.group))
+            seeds = [group * size.group + row for row in rows]
+            part = captions[rows.start : rows.stop]
+            latent = sample(self.model, part, seeds=seeds, recipe=point.recipe, on_step=on_step)
+            pictures = self.model.first_stage_model.decode(latent)
+            features.append(self.classifier.embed(pictures))
+            agreements.append(agreement(self.classifier.answers(features[-1]), ids[rows.start : rows.stop]))
+        path = self.path(point, group)
+        partial = path.with_suffix(".partial")
+        tensors = {"features": torch.cat(features), "agreement": torch.cat(agreements)}
+        save_file(tensors, partial, metadata={"label": point.label, "mode": point.mode})
+        partial.replace(path)
+
+    def make_all(self, points: Sequence[Point], *, part: int = 1, parts: int = 1) -> None:
+        """Make whatever is missing of the points; of several processes the ``part``-th takes its share."""
+        todo = self.missing(points, part=part, parts=parts)
+        with Progress("sampling", len(todo)) as bar:
+            for done, (point, group) in enumerate(todo, start=1):
+                self.make(point, group)
+                bar.update(done, f"{point.sweep}: {point.label}, {point.mode}")
+
+    def features(self, point: Point) -> list[Tensor]:
+        """The features of each group."""
+        return [load_file(self.path(point, group))["features"] for group in range(self.size.groups)]
+
+    def result(self, point: Point) -> Result:
+        """The numbers of one point, all of whose groups (and its baseline's) have been made."""
+        loaded = [load_file(self.path(point, group)) for group in range(self.size.groups)]
+        groups = [Moments.of(part["features"]) for part in loaded]
+        baseline, change = point.baseline, None
+        if point.recipe != baseline.recipe and all(
+            self.path(baseline, group).exists() for group in range(self.size.groups)
+        ):
+            change = metrics.relative_change(self.reference, [Moments.of(f) for f in self.features(baseline)], groups)
+        precision, recall = self._coverage([part["features"] for part in loaded])
+        key = point.key(model=self.name, group_size=self.size.group)
+        if key not in self.costs:
+            self.costs[key] = count_gigaflops(self.model, point)
+        return Result(
+            point=point,
+            samples=self.size.total,
+            frechet=metrics.frechet_estimate(self.reference, groups),
+            change=change,
+            precision=precision,
+            recall=recall,
+            agreement=metrics.mean_estimate([part["agreement"] for part in loaded])
+            if point.captioned
+            else Estimate(math.nan, math.nan),
+            gigaflops=self.costs[key],
+        )
+
+    def _coverage(self, groups: list[Tensor]) -> tuple[Estimate, Estimate]:
+        """Precision over the groups of samples; recall once more without each group."""
+        on_real, _ = metrics.precision_recall(self.manifold, torch.cat(groups))
+
+        def recall(kept: Sequence[int]) -> float:
+            _, covered = metrics.precision_recall(self.manifold, torch.cat([groups[index] for index in kept]))
+            return covered.double().mean().item()
+
+        precision = metrics.mean_estimate(torch.split(on_real, [len(group) for group in groups]))
+        return precision, metrics.jackknife(len(groups), recall)
+
+    def floor(self) -> tuple[Estimate, Estimate, Estimate]:
+        """Real against real: Fréchet distance, precision and recall of as many drawn pictures as a point has."""
+        drawn = drawn_features(self.classifier, self.size.total, seed=REAL_SEED)
+        groups = list(torch.split(drawn, self.size.group))
+        precision, recall = self._coverage(groups)
+        return metrics.frechet_estimate(self.reference, [Moments.of(group) for group in groups]), precision, recall

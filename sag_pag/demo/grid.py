@@ -1,0 +1,144 @@
+"""The picture that shows what the guidances do: the same seeds without, with SAG, with PAG and with both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sag_pag.blocks import Topology
+from sag_pag.demo.model import DemoModel
+from sag_pag.demo.sampling import Recipe, sample
+from sag_pag.session import check_blocks
+from sag_pag.settings import Settings
+
+VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("no guidance", {"sag_enabled": False, "pag_enabled": False}),
+    ("SAG", {"sag_enabled": True, "pag_enabled": False}),
+    ("PAG", {"sag_enabled": False, "pag_enabled": True}),
+    ("SAG + PAG", {"sag_enabled": True, "pag_enabled": True}),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the grid: ``pictures`` is ``(B, 3, H, W)`` RGB in 0 to 1."""
+
+    label: str
+    cfg: float
+    pictures: Tensor
+    seconds_a_step: float
+    gigaflops_a_step: float
+
+
+def make_rows(
+    model: DemoModel,
+    captions: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: Settings,
+    cfg: float,
+    steps: int,
+    sampler: str,
+    size: int = 64,
+    on_step: Callable[[], None] | None = None,
+) -> list[Row]:
+    """The grid's rows: the four variants without CFG, then with it. ``settings`` tells all but what is switched on."""
+    rows = []
+    for scale in (1.0, cfg) if cfg != 1 else (1.0,):
+        for label, switches in VARIANTS:
+            recipe = Recipe(settings.with_values(switches), cfg=scale, steps=steps, sampler=sampler)
+            began = time.perf_counter()
+            latent = sample(model, captions, seeds=seeds, recipe=recipe, size=size, on_step=on_step)
+            seconds = (time.perf_counter() - began) / steps
+            cost = _gigaflops_a_step(model, captions[0], recipe=recipe, size=size)
+            rows.append(Row(label, scale, model.first_stage_model.decode(latent), seconds, cost))
+    return rows
+
+
+def _gigaflops_a_step(model: DemoModel, caption: str, *, recipe: Recipe, size: int) -> float:
+    """Counted floating-point operations of one picture, by step."""
+    with FlopCounterMode(display=False) as counter:
+        sample(model, [caption], seeds=[0], recipe=recipe, size=size)
+    return float(counter.get_total_flops()) / 1e9 / recipe.steps
+
+
+def _image(picture: Tensor, zoom: int) -> Image.Image:
+    array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+    image = Image.fromarray(array)
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
+
+
+def _font(size: int) -> Any:
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one size only
+        return ImageFont.load_default()
+
+
+def check_blocks_of(model: DemoModel, settings: Settings) -> None:
+    """Raises ``SettingError`` if the settings name blocks that the model does not have."""
+    check_blocks(settings.with_values(VARIANTS[-1][1]), Topology(model.unet))
+
+
+def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[int], zoom: int = 2) -> Image.Image:
+    """The labelled grid: a row for each variant, a column for each seed, a gap between without and with CFG."""
+    height, width = (side * zoom for side in rows[0].pictures.shape[-2:])
+    gap, left, line = 6, 150, 22
+    small, large = _font(12), _font(17)
+    blocks = sorted({row.cfg for row in rows})
+    image = Image.new(
+        "RGB",
+        (left + len(seeds) * (width + gap) + gap, len(rows) * (height + gap) + len(blocks) * 2 * line + 2 * line),
+        "white",
+    )
+    pen = ImageDraw.Draw(image)
+    y = gap
+    for cfg in blocks:
+        title = "without CFG" if cfg == 1 else f"with CFG {cfg:g}"
+        pen.text((gap, y), title, fill="black", font=large)
+        for column, seed in enumerate(seeds):
+            text = captions[column] or "(no caption)"
+            lines = [f"seed {seed}", *_wrapped(text, pen=pen, font=small, width=width)]
+            for index, part in enumerate(lines[:3]):
+                pen.text((left + column * (width + gap), y + index * 13), part, fill="black", font=small)
+        y += 2 * line
+        for row in rows:
+            if row.cfg != cfg:
+                continue
+            pen.text((gap, y + height // 2 - 10), row.label, fill="black", font=large)
+            for column, picture in enumerate(row.pictures):
+                image.paste(_image(picture, zoom), (left + column * (width + gap), y))
+            y += height + gap
+    return image.crop((0, 0, image.width, y))
+
+
+def _wrapped(text: str, *, pen: ImageDraw.ImageDraw, font: Any, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, font=font) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def cost_lines(rows: Sequence[Row]) -> list[str]:
+    """For each row the seconds and the counted operations of a step, relative to the same without guidance."""
+    lines = []
+    for row in rows:
+        plain = next(other for other in rows if other.cfg == row.cfg and other.label == VARIANTS[0][0])
+        counted = row.gigaflops_a_step / plain.gigaflops_a_step
+        measured = row.seconds_a_step / plain.seconds_a_step
+        mode = "without CFG" if row.cfg == 1 else f"CFG {row.cfg:g}"
+        lines.append(
+            f"{mode:<12} {row.label:<12} {row.seconds_a_step * 1000:6.0f} ms a step, {measured:.2f}x unguided"
+            f" (counted: {row.gigaflops_a_step:.2f} GFLOP a picture, {counted:.2f}x)"
+        )
+    return lines

@@ -1,0 +1,122 @@
+"""What ``evaluate`` measures: the default set and the sweeps, each point one way of making pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from sag_pag.demo.sampling import Recipe
+from sag_pag.settings import Settings
+
+Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
+MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way of making pictures: ``label`` tells it from the sweep's others, ``x`` is its place on an axis."""
+
+    sweep: str
+    label: str
+    mode: Mode
+    recipe: Recipe
+    x: float | None = None
+
+    @property
+    def captioned(self) -> bool:
+        return self.mode != "unconditional"
+
+    @property
+    def baseline(self) -> Point:
+        """The same without guidance."""
+        return replace(self, label="none", recipe=replace(self.recipe, settings=Settings(), every=1), x=0.0)
+
+    def key(self, *, model: str, group_size: int) -> str:
+        """A short name of all that the pictures depend on, for resuming."""
+        about = json.dumps([model, group_size, self.captioned, asdict(self.recipe)], sort_keys=True)
+        return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1) -> Recipe:
+    settings = Settings.from_dict(values)
+    return Recipe(settings=settings, cfg=3.0 if mode == "captioned, CFG 3" else 1.0, steps=steps, every=every)
+
+
+def default_points(steps: int = 20) -> list[Point]:
+    """No guidance, SAG, PAG and both at the extension's own defaults, in every mode."""
+    variants: dict[str, dict[str, object]] = {
+        "none": {},
+        "SAG": {"sag_enabled": True},
+        "PAG": {"pag_enabled": True},
+        "SAG+PAG": {"sag_enabled": True, "pag_enabled": True},
+    }
+    return [
+        Point("default", label, mode, _recipe(mode, values, steps=steps))
+        for mode in MODES
+        for label, values in variants.items()
+    ]
+
+
+_SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
+    "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0), {}),
+    "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), {}),
+    "sag-threshold": ("sag_threshold", (0.0, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6), {}),
+    "sag-sigma": ("sag_blur_sigma", (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), {}),
+}
+
+_BLOCKS = (
+    "input.1",
+    "middle",
+    "output.0",
+    "output.1",
+    "input.1, middle",
+    "middle, output.0",
+    "input.1, middle, output.0-1",
+)
+_RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.75), (0.25, 1.0), (0.5, 1.0))
+
+SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost")
+
+
+def sweep_points(
+    sweep: str, *, modes: Sequence[Mode] = ("unconditional", "captioned, CFG 3"), steps: int = 20
+) -> list[Point]:
+    """The points of one sweep, the unguided one first. Raises ``ValueError`` for an unknown sweep."""
+    points: list[Point] = []
+    for mode in modes:
+        added = [
+            Point(sweep, label, mode, _recipe(mode, values, steps=steps, every=every), x)
+            for label, values, every, x in _variants(sweep)
+        ]
+        points += [added[0].baseline, *added]
+    return points
+
+
+def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | None]]:
+    if sweep in _SCALARS:
+        name, values, more = _SCALARS[sweep]
+        return [(f"{value:g}", {name: value, **more}, 1, value) for value in values]
+    if sweep == "pag-blocks":
+        return [(blocks, {"pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
+    if sweep == "sag-block":
+        return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
+    if sweep == "range":
+        return [
+            (f"{feature.upper()} {start:g} to {end:g}", {f"{feature}_start": start, f"{feature}_end": end}, 1, None)
+            for feature in ("pag", "sag")
+            for start, end in _RANGES
+        ]
+    if sweep == "cost":
+        variants: list[tuple[str, dict[str, object], int, float | None]] = []
+        for label, features in (("PAG", ("pag",)), ("SAG", ("sag",)), ("SAG+PAG", ("sag", "pag"))):
+            enabled: dict[str, object] = {f"{feature}_enabled": True for feature in features}
+            variants += [(f"{label}, every {every}", enabled, every, None) for every in (1, 2, 3, 4)]
+            for start, end in ((0.0, 0.5), (0.25, 0.75)):
+                limits: dict[str, object] = {f"{feature}_start": start for feature in features}
+                limits |= {f"{feature}_end": end for feature in features}
+                variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, 1, None))
+        return variants
+    raise ValueError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")

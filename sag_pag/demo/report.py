@@ -1,0 +1,133 @@
+"""The results of ``evaluate`` as CSV, as a Markdown table and as plots."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sag_pag.demo.evaluate import Evaluation, Result
+from sag_pag.demo.metrics import Estimate
+from sag_pag.demo.points import Point
+
+COLUMNS = (
+    "sweep", "mode", "label", "cfg", "steps", "samples",
+    "frechet", "frechet_margin", "change", "change_margin", "precision", "precision_margin",
+    "recall", "recall_margin", "agreement", "agreement_margin", "gflop_per_picture",
+)  # fmt: skip
+
+
+def csv_row(result: Result) -> dict[str, object]:
+    """One line of the CSV; margins are half-widths of 95 % intervals."""
+    point = result.point
+    row: dict[str, object] = {
+        "sweep": point.sweep,
+        "mode": point.mode,
+        "label": point.label,
+        "cfg": f"{point.recipe.cfg:g}",
+        "steps": point.recipe.steps,
+        "samples": result.samples,
+        "gflop_per_picture": f"{result.gigaflops:.2f}",
+    }
+    for name in ("frechet", "change", "precision", "recall", "agreement"):
+        estimate: Estimate | None = getattr(result, name)
+        known = estimate is not None and estimate.value == estimate.value
+        row[name] = f"{estimate.value:.4f}" if estimate is not None and known else ""
+        row[f"{name}_margin"] = f"{estimate.margin:.4f}" if estimate is not None and known else ""
+    return row
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """All results, one a line."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(csv_row(result) for result in results)
+
+
+def _share(estimate: Estimate | None, *, signed: bool = False) -> str:
+    if estimate is None or estimate.value != estimate.value:
+        return ""
+    value = f"{100 * estimate.value:+.0f}" if signed else f"{100 * estimate.value:.1f}"
+    return f"{value} ± {100 * estimate.margin:.{0 if signed else 1}f} %"
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """The results as a table for the docs, one row a point."""
+    head = ("mode", "guidance", "Fréchet distance", "change", "precision", "recall", "caption seen", "GFLOP")
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for result in results:
+        cells = (
+            result.point.mode,
+            result.point.label,
+            f"{result.frechet.value:.2f} ± {result.frechet.margin:.2f}",
+            _share(result.change, signed=True),
+            _share(result.precision),
+            _share(result.recall),
+            _share(result.agreement),
+            f"{result.gigaflops:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_all(judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True) -> list[Path]:
+    """One CSV for all, a Markdown table and a plot for each sweep; returns what was written."""
+    results = {sweep: [judge.result(point) for point in points] for sweep, points in wanted.items()}
+    frechet, precision, recall = judge.floor()
+    written = [out / "results.csv"]
+    write_csv([result for part in results.values() for result in part], written[0])
+    for sweep, part in results.items():
+        table = out / f"{sweep}.md"
+        floor = f"Real pictures against real ones: Fréchet distance {frechet}, precision {precision}, recall {recall}."
+        table.write_text(f"{markdown_table(part)}\n{floor}\n", encoding="utf-8")
+        written.append(table)
+        if plots:
+            written.append(out / f"{sweep}.png")
+            plot_sweep(part, written[-1], floor=frechet.value)
+    return written
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
+    """Fréchet distance by the sweep's value (or by cost), one panel a mode. Needs matplotlib."""
+    importlib.import_module("matplotlib").use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    modes = list(dict.fromkeys(result.point.mode for result in results))
+    figure, panels = pyplot.subplots(1, len(modes), figsize=(5.2 * len(modes), 3.8), squeeze=False)
+    for mode, axes in zip(modes, panels[0], strict=True):
+        chosen = [result for result in results if result.point.mode == mode]
+        _plot_panel(axes, chosen)
+        axes.axhline(floor, color="grey", linestyle=":", label="real pictures")
+        axes.set_title(mode)
+        axes.set_ylabel("Fréchet distance")
+        axes.set_ylim(bottom=0)
+    panels[0][0].legend()
+    figure.suptitle(results[0].point.sweep)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _plot_panel(axes: Any, results: Sequence[Result]) -> None:
+    values = [result.frechet.value for result in results]
+    margins = [result.frechet.margin for result in results]
+    if results[0].point.sweep == "cost":
+        for result in results:
+            axes.errorbar(
+                result.gigaflops, result.frechet.value, yerr=result.frechet.margin, fmt="o", capsize=3, markersize=4
+            )
+            axes.annotate(result.point.label, (result.gigaflops, result.frechet.value), fontsize=7)
+        axes.set_xlabel("GFLOP a picture")
+    elif all(result.point.x is not None for result in results):
+        axes.errorbar([result.point.x for result in results], values, yerr=margins, fmt="o-", capsize=3)
+        axes.set_xlabel(results[0].point.sweep)
+    else:
+        axes.bar(range(len(results)), values, yerr=margins, capsize=3)
+        axes.set_xticks(range(len(results)), [result.point.label for result in results], rotation=60, ha="right")

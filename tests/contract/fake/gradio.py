@@ -1,0 +1,74 @@
+"""As much of gradio as the panel needs: components that remember what they were made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Block:
+    """A component or a container."""
+
+    def __init__(self, value: Any = None, **kwargs: Any) -> None:
+        self.value = kwargs.pop("value", value)
+        self.kwargs = kwargs
+        self.elem_id = kwargs.get("elem_id")
+        self.label = kwargs.get("label")
+        made.append(self)
+
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+made: list[Block] = []
+"""Every component in the order of making."""
+
+
+class Accordion(Block):
+    pass
+
+
+class Blocks(Block):
+    pass
+
+
+class Checkbox(Block):
+    pass
+
+
+class Group(Block):
+    pass
+
+
+class HTML(Block):
+    pass
+
+
+class Markdown(Block):
+    pass
+
+
+class Radio(Block):
+    pass
+
+
+class Dropdown(Block):
+    pass
+
+
+class Row(Block):
+    pass
+
+
+class Column(Block):
+    pass
+
+
+class Slider(Block):
+    pass
+
+
+class Textbox(Block):
+    pass

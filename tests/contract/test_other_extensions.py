@@ -1,0 +1,263 @@
+"""Others change the same model, denoiser and tensors; all of it still works, and goes on working afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from double import Host
+from torch import Tensor, nn
+
+BOTH = {"sag_scale": 1, "pag_scale": 3}
+Forward = Callable[..., Any]
+
+
+@pytest.fixture(params=["extra rows", "own call"])
+def way(host: Host, request: pytest.FixtureRequest) -> str:
+    host.shared.sd_model.lowvram = request.param == "own call"
+    return str(request.param)
+
+
+@pytest.fixture
+def unet(host: Host) -> Iterator[nn.Module]:
+    """The U-Net; what the test leaves on its modules is taken off."""
+    model: nn.Module = host.shared.sd_model.model.diffusion_model
+    yield model
+    for module in model.modules():
+        for name in ("forward", "_forward"):
+            vars(module).pop(name, None)
+
+
+def put_on(module: nn.Module, make: Callable[[Forward], Forward], name: str = "forward") -> Forward:
+    replaced = make(getattr(module, name))
+    setattr(module, name, replaced)
+    return replaced
+
+
+def halved(original: Forward) -> Forward:
+    return lambda *args, **kwargs: original(*args, **kwargs) / 2
+
+
+def guided_with_weights_halved(host: Host, layer: nn.Module) -> Tensor:
+    """What must come out where an extension halves the output of the module that ends in this layer."""
+    weights = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.load_state_dict({name: value / 2 for name, value in weights.items()})
+    try:
+        return host.generate(BOTH)[0]
+    finally:
+        layer.load_state_dict(weights)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("path", ["input_blocks.1.1", "middle_block.1", "output_blocks.2.1"])
+def test_a_cross_attention_replaced(host: Host, unet: nn.Module, path: str) -> None:
+    attention = unet.get_submodule(path + ".transformer_blocks.0.attn2")
+    expected = guided_with_weights_halved(host, attention.get_submodule("to_out.0"))
+    theirs = put_on(attention, halved)
+    torch.testing.assert_close(host.generate(BOTH)[0], expected, rtol=1e-4, atol=1e-4)
+    assert vars(attention)["forward"] is theirs
+
+
+@pytest.mark.usefixtures("way")
+def test_the_perturbed_attention_replaced(host: Host, unet: nn.Module) -> None:
+    """The perturbed rows take identity attention all the same; the host's own rows go through theirs."""
+    attention = unet.get_submodule("middle_block.1.transformer_blocks.0.attn1")
+    rows: list[int] = []
+
+    def counting(original: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows.append(len(x))
+            return original(x, *args, **kwargs)
+
+        return forward
+
+    expected = host.generate({"pag_scale": 3})[0]
+    theirs = put_on(attention, counting)
+    assert torch.equal(host.generate({"pag_scale": 3})[0], expected)
+    assert rows == [2, 2, 2]
+    assert vars(attention)["forward"] is theirs
+
+
+@pytest.mark.usefixtures("way")
+def test_a_longer_context(host: Host, unet: nn.Module) -> None:
+    """Reference-only control: self-attention looks at another picture's tokens too; a perturbed row at its own only."""
+    attention = unet.get_submodule("middle_block.1.transformer_blocks.0.attn1")
+    seen: list[tuple[int, ...]] = []
+
+    def with_reference(original: Forward) -> Forward:
+        def forward(x: Tensor, context: Tensor | None = None, **kwargs: Any) -> Any:
+            context = x if context is None else context
+            seen.append(tuple(context.shape))
+            return original(x, context=torch.cat([context, torch.ones_like(x)], dim=1), **kwargs)
+
+        return forward
+
+    block = unet.get_submodule("middle_block.1.transformer_blocks.0")
+    put_on(attention, with_reference)
+    reference = host.generate({"pag_scale": 3})[0]
+    vars(attention).pop("forward")
+    seen.clear()
+
+    def hand_over(_: Forward) -> Forward:
+        def forward(x: Tensor, context: Tensor | None = None) -> Tensor:
+            h = block.norm1(x)  # type: ignore[operator]
+            context_of_two = torch.cat([h, torch.ones_like(h)], dim=1)
+            seen.append(tuple(context_of_two.shape))
+            x = attention(h, context=context_of_two) + x
+            x = block.attn2(block.norm2(x), context=context) + x  # type: ignore[operator]
+            return block.ff(block.norm3(x)) + x  # type: ignore[operator,no-any-return]
+
+        return forward
+
+    put_on(block, hand_over)
+    torch.testing.assert_close(host.generate({"pag_scale": 3})[0], reference, rtol=1e-4, atol=1e-4)
+    assert {shape[1] for shape in seen} == {24}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["forward", "_forward"])
+def test_blocks_that_tell_rows_apart(host: Host, unet: nn.Module, name: str) -> None:
+    """An extension that has replaced single blocks sees every row, the extra ones too: nothing is shared."""
+    block = unet.get_submodule("input_blocks.1")
+    rows: list[int] = []
+
+    def counting(original: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows.append(len(x))
+            return original(x, *args, **kwargs)
+
+        return forward
+
+    expected = host.generate({"pag_scale": 3}, steps=2)[0]
+    if name == "forward":
+        put_on(block, counting)
+    else:
+        block._forward = block.forward  # type: ignore[assignment]
+    torch.testing.assert_close(host.generate({"pag_scale": 3}, steps=2)[0], expected, rtol=1e-4, atol=1e-4)
+    if name == "forward":
+        assert rows in ([3, 3], [2, 1, 2, 1])
+
+
+def test_hypernetworks(host: Host) -> None:
+    """They change what keys and values are made of, in the perturbed rows and in the map too."""
+    loaded = host.shared.loaded_hypernetworks
+    expected_plain = host.generate(BOTH)[0]
+    loaded.append(lambda k, v: (k, v * 0))
+    assert not torch.allclose(host.generate({"pag_scale": 3})[0], host.plain()[0], atol=1e-3)
+    seen: list[int] = []
+
+    def spy(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(k))
+        return k, v
+
+    loaded[:] = [spy]
+    assert torch.equal(host.generate(BOTH)[0], expected_plain)
+    assert seen
+    loaded.clear()
+
+
+@pytest.mark.parametrize("kind", ["x", "sigma", "text_cond", "text_uncond"])
+def test_an_earlier_callback_changes_the_step(host: Host, kind: str) -> None:
+    """The guidance is computed from what the host really hands to the U-Net."""
+    def change(params: Any) -> None:
+        setattr(params, kind, getattr(params, kind) * 0.9)
+
+    host.script_callbacks.callbacks["cfg_denoiser"].append(change)
+    after = host.generate(BOTH)[0]
+    host.script_callbacks.callbacks["cfg_denoiser"].remove(change)
+    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, change)
+    assert torch.equal(host.generate(BOTH)[0], after)
+
+
+def test_a_callback_that_changes_the_output_in_place(host: Host) -> None:
+    """What it does enters CFG but not the guidance, whichever callback comes first."""
+    def change(params: Any) -> None:
+        params.x *= 0.5
+
+    denoised = host.script_callbacks.callbacks["cfg_denoised"]
+    denoised.insert(0, change)
+    before = host.generate(BOTH)[0]
+    denoised.remove(change)
+    denoised.append(change)
+    assert torch.equal(host.generate(BOTH)[0], before)
+
+
+def test_another_extension_on_the_denoiser(host: Host) -> None:
+    """Put on the denoiser for good, before the first step."""
+    expected = host.generate(BOTH)[0]
+    calls: list[int] = []
+
+    def install(params: Any) -> None:
+        inner = params.denoiser.inner_model
+        if not hasattr(inner, "theirs"):
+            original = inner.forward
+
+            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                calls.append(len(x))
+                return original(x, *args, **kwargs)
+
+            inner.forward, inner.theirs = forward, True
+
+    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, install)
+    assert torch.equal(host.generate(BOTH)[0], expected)
+    assert calls == [3, 1] * 3
+
+
+def test_another_extension_on_the_denoiser_after_ours(host: Host) -> None:
+    """Its callback runs after ours, when the stand-in is already on; it stays on for the rest of the run."""
+    expected = host.generate(BOTH)[0]
+    calls: list[int] = []
+
+    def install(params: Any) -> None:
+        inner = params.denoiser.inner_model
+        if not hasattr(inner, "theirs"):
+            original = inner.forward
+
+            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                calls.append(len(x))
+                return original(x, *args, **kwargs)
+
+            inner.forward, inner.theirs = forward, True
+
+    host.script_callbacks.callbacks["cfg_denoiser"].append(install)
+    assert torch.equal(host.generate(BOTH)[0], expected)
+    assert len(calls) >= 3, "after the first step it was gone"
+
+
+@pytest.mark.parametrize("settings", [{"sag_scale": 1}, {"pag_scale": 3}, BOTH])
+def test_a_denoiser_that_works_in_tiles(host: Host, settings: dict[str, Any]) -> None:
+    """It calls the U-Net once a tile. No map of one tile may pass for that of the picture."""
+    def install(params: Any) -> None:
+        inner = params.denoiser.inner_model
+        if not hasattr(inner, "theirs"):
+            original = inner.forward
+
+            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                return torch.cat([original(part, *args, **kwargs) for part in x.chunk(2, dim=2)], dim=2)
+
+            inner.forward, inner.theirs = forward, True
+
+    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, install)
+    if "sag_scale" in settings:
+        with pytest.raises((RuntimeError, ValueError)):
+            host.generate(settings)
+    else:
+        assert host.generate(settings)[0].isfinite().all()
+
+
+def test_hooks_on_the_unet(host: Host, unet: nn.Module) -> None:
+    """Models that are moved in pieces need the hooks of every block to run."""
+    ran: dict[str, int] = {}
+    paths = ["input_blocks.0", "input_blocks.1", "middle_block", "output_blocks.3"]
+    handles = [
+        unet.get_submodule(path).register_forward_pre_hook(
+            lambda *_, path=path: ran.update({path: ran.get(path, 0) + 1})
+        )
+        for path in paths
+    ]
+    host.generate({"pag_scale": 3}, steps=1)
+    for handle in handles:
+        handle.remove()
+    assert ran == dict.fromkeys(paths, 1)

@@ -1,0 +1,175 @@
+"""The command line: pictures and results are written, wrong arguments get one line."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sag_pag.demo import classifier, cli, evaluate, points, report
+from sag_pag.demo.evaluate import Evaluation, Size
+from sag_pag.demo.metrics import Moments, frechet_distance
+from sag_pag.demo.model import DemoModel, load
+from sag_pag.demo.points import Point, default_points, sweep_points
+from sag_pag.demo.unet import redraw_
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_grid_is_written_and_costs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid.png"
+    cli.main(["--seeds", "1-2", "--steps", "2", "--output", str(out), "--pag-scale", "2", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(str(out))
+    assert lines[0].endswith(" s)")
+    assert len(lines) == 1 + 8
+    counted = [float(line.rsplit(" ", 1)[1].rstrip("x)")) for line in lines[1:]]
+    assert counted[0] == counted[4] == 1
+    assert counted[1] == pytest.approx(2, abs=0.02)
+    assert counted[5] == pytest.approx(1.5, abs=0.01)
+    assert 1.3 < counted[2] < 1.95
+    assert 1.2 < counted[6] < 1.45
+    image = Image.open(out)
+    assert image.size[0] > 2 * 128
+    assert image.size[1] > 8 * 128
+
+
+def test_grid_with_one_prompt_for_all_and_no_cfg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--seeds", "3", "--steps", "1", "--cfg", "1", "--prompt", "ring", "--output", str(tmp_path / "x.jpg")])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "red dog"], "unknown word 'dog'"),
+        (["--pag-scale", "99"], "pag_scale: '99' can't be used; allowed: a number from 0 to 20"),
+        (["--pag-blocks", "input.9"], "allowed: input.1, middle, output.0, output.1"),
+        (["--sag-block", "middle, output.0"], "one block"),
+        (["--pag-start", "0.8", "--pag-end", "0.2"], "pag_start"),
+        (["--steps", "0"], "'0' is no whole number from 1 on"),
+        (["--seeds", "5-1"], "0 seeds"),
+        (["--seeds", "one"], "'one' are no seeds"),
+        (["--cfg", "nan"], "'nan' is no CFG scale"),
+        (["--output", "picture.txt"], "'picture.txt' is no picture's name"),
+        (["--output", "/no/such/folder/x.png"], "there is no folder"),
+        (["--weights", "nothing"], "there are no weights"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["evaluate", "--group-size", "1"], "at least two groups"),
+        (["evaluate", "--sweep", "magic"], "invalid choice: 'magic'"),
+        (["evaluate", "--part", "3/2"], "'3/2' is no part"),
+    ],
+)
+def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "sag_pag.demo", "--help"], capture_output=True, text=True, check=True)
+    assert "--pag-blocks" in done.stdout
+    assert "evaluate" in done.stdout
+
+
+def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    cli.main(["train", "--out", out, "--steps", "1", "--batch", "2", "--threads", "1", "--device", "cpu"])
+    assert Path(capsys.readouterr().out.strip()).name == "weights.safetensors"
+    judge = tmp_path / "judge.safetensors"
+    cli.main(["train-classifier", "--out", str(judge), "--steps", "1", "--threads", "1"])
+    assert "accuracy by slot" in capsys.readouterr().out
+    assert judge.is_file()
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
+    monkeypatch.setattr(evaluate, "REFERENCE", 200)
+    size = Size(groups=2, group=4, batch=3)
+    return Evaluation(load(), classifier.load_classifier(), out=tmp_path / "samples", size=size)
+
+
+def points_of_two_steps() -> list[Point]:
+    return [point for point in default_points(steps=2) if point.mode != "captioned"]
+
+
+def test_evaluation_is_resumed_group_by_group(judge: Evaluation) -> None:
+    wanted = points_of_two_steps()
+    assert len(judge.missing(wanted)) == 16
+    judge.make(wanted[0], 0)
+    judge.make(wanted[0], 1)
+    assert len(judge.missing(wanted)) == 14
+    assert sorted(judge.missing(wanted), key=str) == sorted(
+        judge.missing(wanted, part=1, parts=2) + judge.missing(wanted, part=2, parts=2), key=str
+    )
+    first = load_file(judge.path(wanted[0], 0))
+    assert first["features"].shape == (4, classifier.FEATURES)
+    judge.path(wanted[0], 0).unlink()
+    judge.make(wanted[0], 0)
+    assert torch.equal(load_file(judge.path(wanted[0], 0))["features"], first["features"])
+
+
+def test_samples_of_other_weights_are_not_taken(judge: Evaluation, tmp_path: Path) -> None:
+    other = redraw_(DemoModel(), seed=1)
+    assert isinstance(other, DemoModel)
+    again = Evaluation(other, judge.classifier, out=tmp_path / "samples", size=judge.size)
+    point = points_of_two_steps()[0]
+    assert judge.path(point, 0) != again.path(point, 0)
+    assert judge.path(point, 0) != judge.path(points_of_two_steps()[1], 0)
+
+
+def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
+    wanted = points_of_two_steps()
+    judge.make_all(wanted)
+    written = report.write_all(judge, {"default": wanted}, out=tmp_path, plots=report.can_plot())
+    assert all(path.is_file() for path in written)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == ["none", "SAG", "PAG", "SAG+PAG"] * 2
+    assert [row["change"] == "" for row in rows] == [True, False, False, False] * 2
+    assert [row["agreement"] == "" for row in rows] == [True] * 4 + [False] * 4
+    assert float(rows[1]["gflop_per_picture"]) > 1.9 * float(rows[0]["gflop_per_picture"])
+    table = (tmp_path / "default.md").read_text()
+    assert table.count("\n| ") == 9
+    assert "Real pictures against real ones" in table
+
+
+def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
+    judge = Evaluation(judge.model, judge.classifier, out=judge.out, size=Size(groups=2, group=100))
+    frechet, precision, recall = judge.floor()
+    noise = Moments.of(judge.classifier.embed(torch.rand(200, 3, 64, 64)))
+    assert frechet.value < 0.1 * frechet_distance(judge.reference, noise)
+    assert precision.value > 0.5
+    assert recall.value > 0.5
+
+
+@pytest.mark.parametrize("sweep", points.SWEEPS)
+def test_sweeps_start_from_their_baseline(sweep: str) -> None:
+    wanted = sweep_points(sweep)
+    for mode in ("unconditional", "captioned, CFG 3"):
+        chosen = [point for point in wanted if point.mode == mode]
+        assert not chosen[0].recipe.settings.enabled
+        assert all(point.recipe.settings.enabled for point in chosen[1:])
+        assert all(point.baseline.recipe == chosen[0].recipe for point in chosen)
+        assert len({point.label for point in chosen}) == len(chosen) > 5
+
+
+def test_unknown_sweep() -> None:
+    with pytest.raises(ValueError, match="unknown sweep 'x'; known are pag-scale"):
+        sweep_points("x")

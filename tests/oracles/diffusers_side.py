@@ -1,0 +1,202 @@
+"""diffusers' pipelines on the weights of an ``ldm``-layout U-Net, and the same step by the engine."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sag_pag.blocks import Topology
+from sag_pag.demo.unet import CrossAttention, UNetKwargs, UNetModel, redraw_, timestep_embedding
+from sag_pag.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
+
+Layout = Literal["sd1", "sd2", "sdxl"]
+Pipeline = Any
+
+CONTEXT, TOKENS, POOLED, TIME_IDS = 24, 5, 16, 8
+VECTOR = POOLED + 6 * TIME_IDS
+_COMMON: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "num_res_blocks": 2, "context_dim": CONTEXT}
+LAYOUTS: dict[Layout, UNetKwargs] = {
+    "sd1": UNetKwargs(
+        **_COMMON, model_channels=32, channel_mult=(1, 2, 2, 2), attention_resolutions=(4, 2, 1), num_heads=4,
+    ),
+    "sd2": UNetKwargs(
+        **_COMMON, model_channels=32, channel_mult=(1, 2, 4, 4), attention_resolutions=(4, 2, 1),
+        num_head_channels=16, use_linear_in_transformer=True,
+    ),
+    "sdxl": UNetKwargs(
+        **_COMMON, model_channels=32, channel_mult=(1, 2, 4), attention_resolutions=(4, 2), num_head_channels=16,
+        use_linear_in_transformer=True, transformer_depth=(1, 2, 3), num_classes="sequential", adm_in_channels=VECTOR,
+    ),
+}
+
+
+@functools.cache
+def our_unet(layout: Layout, *, dtype: torch.dtype) -> UNetModel:
+    """Every parameter redrawn. In float64 its detours through float32 are left out (see ``float64_attention``)."""
+    unet = UNetModel(**LAYOUTS[layout])
+    redraw_(unet, seed=3, gain=1.3)
+    unet.eval().requires_grad_(False).to(dtype)
+    for module in unet.modules():
+        if dtype == torch.float64 and type(module).__name__ == "GroupNorm32":
+            module.__class__ = nn.GroupNorm
+    return unet
+
+
+def float64_attention(self: CrossAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """A forward for ``CrossAttention`` that keeps the logits in float64."""
+    context = x if context is None else context
+    q, k, v = (
+        t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+    )
+    result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return result
+
+
+class SameTimeEmbedding(nn.Module):
+    """diffusers' sinusoids differ from ``ldm``'s in the last bits of float32; in float64 that would be all there is."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return timestep_embedding(timesteps, self.dim)
+
+
+@functools.cache
+def their_unet(unet: UNetModel, layout: Layout) -> Any:
+    """diffusers' U-Net with the same weights, by diffusers' own conversion, loaded strictly."""
+    diffusers = pytest.importorskip("diffusers")
+    convert = pytest.importorskip("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
+    ldm_config: dict[str, Any] = {"transformer_depth": 1, **LAYOUTS[layout]}
+    vae = {"params": {"ddconfig": {"ch_mult": (1, 2, 4, 4)}}}
+    params = {"params": {"unet_config": {"params": ldm_config}, "first_stage_config": vae}}
+    config = convert.create_unet_diffusers_config({"model": params}, image_size=128)
+    if layout == "sdxl":  # recognised by the width of its context, which is small here
+        config |= {
+            "class_embed_type": None, "addition_embed_type": "text_time", "addition_time_embed_dim": TIME_IDS,
+            "projection_class_embeddings_input_dim": VECTOR,
+        }
+    theirs = diffusers.UNet2DConditionModel(**config)
+    state = convert.convert_ldm_unet_checkpoint(dict(unet.state_dict()), config, skip_extract_state_dict=True)
+    theirs.load_state_dict(state)
+    theirs.eval().requires_grad_(False).to(unet.dtype)
+    if unet.dtype == torch.float64:
+        theirs.time_proj = SameTimeEmbedding(unet.model_channels)
+        if layout == "sdxl":
+            theirs.add_time_proj = SameTimeEmbedding(TIME_IDS)
+    return theirs
+
+
+def pipeline(kind: Literal["pag", "sag"], unet: UNetModel, layout: Layout, **options: Any) -> Pipeline:
+    """The pipeline around ``unet``'s weights, without text encoders and VAE, with DDIM on Stable Diffusion's betas."""
+    diffusers = pytest.importorskip("diffusers")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(unet.dtype)
+    parts: dict[str, Any] = {
+        "vae": None, "text_encoder": None, "tokenizer": None, "unet": their_unet(unet, layout), "scheduler": scheduler,
+    }
+    if layout == "sdxl":
+        maker = diffusers.StableDiffusionXLPAGPipeline
+        parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+    else:
+        maker = diffusers.StableDiffusionPAGPipeline if kind == "pag" else diffusers.StableDiffusionSAGPipeline
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    made = maker(**parts, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """``cond`` and ``uncond`` as the U-Net gets them, and as diffusers' pipelines do."""
+
+    cond: dict[str, Tensor]
+    uncond: dict[str, Tensor]
+    for_diffusers: dict[str, Tensor]
+
+
+def prompts(layout: Layout, *, images: int, size: tuple[int, int], dtype: torch.dtype) -> Prompts:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(images, *shape, generator=generator).to(dtype)
+
+    cond, uncond = {"crossattn": normal(TOKENS, CONTEXT)}, {"crossattn": normal(TOKENS, CONTEXT)}
+    theirs = {"prompt_embeds": cond["crossattn"], "negative_prompt_embeds": uncond["crossattn"]}
+    if layout == "sdxl":
+        pixels = torch.tensor([8.0 * size[0], 8.0 * size[1]])
+        ids = torch.cat([pixels, torch.zeros(2), pixels])  # original size, crop, target size
+        sinusoids = timestep_embedding(ids, TIME_IDS).flatten().to(dtype).expand(images, -1)
+        for vector, name in ((cond, "pooled_prompt_embeds"), (uncond, "negative_pooled_prompt_embeds")):
+            pooled = normal(POOLED)
+            vector["vector"] = torch.cat([pooled, sinusoids], dim=1)
+            theirs[name] = pooled
+    return Prompts(cond, uncond, theirs)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One step of a pipeline: the guided noise prediction that its scheduler got, and at which latents."""
+
+    noise: Tensor
+    timestep: int
+    latents: Tensor
+
+
+def record(pipe: Pipeline, **arguments: Any) -> list[Recorded]:
+    """Runs the pipeline to its latents."""
+    steps: list[Recorded] = []
+    original: Callable[..., Any] = pipe.scheduler.step
+
+    def step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps.append(Recorded(model_output.clone(), int(timestep), sample.clone()))
+        return original(model_output, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    try:
+        pipe(output_type="latent", **arguments)
+    finally:
+        pipe.scheduler.step = original
+    return steps
+
+
+def our_noise(
+    unet: UNetModel, given: Recorded, plan: StepPlan, *, prompts: Prompts, cfg_scale: float, alphas: Tensor,
+) -> Tensor:
+    """The same step's guided noise prediction by the engine; without CFG there are no unconditional rows."""
+    images = len(given.latents)
+    layout = RowLayout(conds=tuple((image, 1.0) for image in range(images)), images=images)
+
+    def denoise(x: Tensor, sigma: Tensor, *, cond: Any) -> Tensor:
+        out: Tensor = unet(x, sigma, cond["crossattn"], cond.get("vector"))
+        return out
+
+    step = GuidedStep(denoise, plan, topology=Topology(unet), layout=layout, space=TimestepSpace(alphas))
+    with_cfg = cfg_scale > 1
+    sources = (prompts.cond, prompts.uncond) if with_cfg else (prompts.cond,)
+    cond = {key: torch.cat([source[key] for source in sources]) for key in prompts.cond}
+    x = torch.cat([given.latents] * len(sources))
+    out = step(x, torch.full((len(x),), float(given.timestep)), cond=cond)
+    step.finish()
+    conds, unconds = out[:images], out[images:]
+    return step.apply(unconds + cfg_scale * (conds - unconds) if with_cfg else conds)
+
+
+def largest_error(values: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """Over all steps: the largest difference over the largest element."""
+    pairs = zip(values, references, strict=True)
+    return max(float((value - reference).abs().max() / reference.abs().max()) for value, reference in pairs)

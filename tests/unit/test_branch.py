@@ -1,0 +1,167 @@
+"""Extra rows with a shared prefix give what a U-Net with identity attentions gives, call by call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sag_pag.attention import MapCapture, unchanged_inputs
+from sag_pag.blocks import Topology
+from sag_pag.branch import Branch, append_rows, denoise_with_branch, prefix_modules, select_rows
+from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
+
+DEEP = UNetKwargs(
+    in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+    attention_resolutions=(2, 1), context_dim=8, num_heads=2, transformer_depth=(1, 3),
+)
+ROWS = 4
+PERTURBED = ["input.1", "input.3.2", "middle", "middle.1", "middle.0, middle.2", "input.3.1, output.2", "output.3",
+             "input.1, middle, output.0-3"]  # fmt: skip
+
+
+class Identity(nn.Module):
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.to_v, self.to_out = original.to_v, original.to_out
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        out: Tensor = self.to_out(self.to_v(x))
+        return out
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    return redraw_(UNetModel(**DEEP), seed=1, gain=1.5).requires_grad_(False)
+
+
+class Denoise:
+    """Counts what it is called with."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+        self.rows: list[int] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, *, cond: Any) -> Tensor:
+        self.rows.append(len(x))
+        out: Tensor = self.unet(x, sigma, context=cond["text"][0])
+        return out
+
+
+def inputs() -> tuple[Tensor, Tensor, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(ROWS, 4, 8, 6, generator=generator)
+    context = torch.randn(ROWS, 5, 8, generator=generator)
+    return x, torch.tensor([700.0, 500.0, 700.0, 500.0]), {"text": [context], "name": "kept"}
+
+
+def perturbed_alone(unet: nn.Module, topology: Topology, text: str, rows: range) -> Tensor:
+    x, sigma, cond = inputs()
+    sites = topology.resolve(text)
+    try:
+        for site in sites:
+            site.transformer_block.attn1 = Identity(site.attention)
+        out: Tensor = unet(x[rows.start : rows.stop], sigma[rows.start : rows.stop],
+                           context=cond["text"][0][rows.start : rows.stop])  # fmt: skip
+        return out
+    finally:
+        for site in sites:
+            site.transformer_block.attn1 = site.attention
+
+
+@pytest.mark.parametrize("rows", [range(2), range(1, 3), range(4)], ids=str)
+@pytest.mark.parametrize("own_call", [False, True], ids=["extra rows", "own call"])
+@pytest.mark.parametrize("text", PERTURBED)
+def test_perturbed_rows(unet: nn.Module, text: str, own_call: bool, rows: range) -> None:
+    topology, denoise = Topology(unet), Denoise(unet)
+    x, sigma, cond = inputs()
+    out, perturbed = denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
+        topology, unchanged_inputs, perturbed_rows=rows, perturbed=topology.resolve(text), own_call=own_call,
+    ))  # fmt: skip
+    assert denoise.rows == ([ROWS, len(rows)] if own_call else [ROWS + len(rows)])
+    assert perturbed is not None
+    torch.testing.assert_close(out, unet(x, sigma, context=cond["text"][0]), rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(perturbed, perturbed_alone(unet, topology, text, rows), rtol=1e-4, atol=5e-5)
+    assert not torch.allclose(perturbed, out[rows.start : rows.stop], atol=1e-3)
+
+
+@pytest.mark.parametrize("own_call", [False, True], ids=["extra rows", "own call"])
+@pytest.mark.parametrize("perturb", ["", "input.1", "middle.1", "output.3"])
+@pytest.mark.parametrize("read", ["input.1", "input.3.2", "middle.0", "middle.1", "middle.2", "output.0.1", "output.3"])
+def test_reading_a_map_on_the_way(unet: nn.Module, read: str, perturb: str, own_call: bool) -> None:
+    """Before, at and after the first perturbed attention: always the map of the host's own rows."""
+    topology, denoise = Topology(unet), Denoise(unet)
+    x, sigma, cond = inputs()
+    site, = topology.resolve(read)
+    captures = [MapCapture([3, 2]), MapCapture([3, 2])]
+    for capture, text in zip(captures, ["", perturb], strict=True):
+        sites = topology.resolve(text)
+        denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
+            topology, unchanged_inputs, perturbed_rows=range(2 if sites else 0), perturbed=sites, own_call=own_call,
+            capture=capture, read=site,
+        ))  # fmt: skip
+    alone, together = captures
+    assert alone.received is not None
+    assert together.received is not None
+    assert together.size == alone.size == ((8, 6) if read in ("input.1", "output.3") else (4, 3))
+    torch.testing.assert_close(together.received, alone.received, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own_call", [False, True])
+@pytest.mark.parametrize("text", PERTURBED)
+def test_nothing_is_left_when_the_model_raises(unet: nn.Module, text: str, own_call: bool) -> None:
+    topology = Topology(unet)
+    before = [dict(vars(module)) for module in unet.modules()]
+    x, sigma, cond = inputs()
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    branch = Branch(
+        topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve(text), own_call=own_call,
+        capture=MapCapture([3]), read=topology.resolve("output.0.0")[0],
+    )
+    handle = unet.get_submodule("output_blocks.3").register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=branch)
+    handle.remove()
+    assert [dict(vars(module)) for module in unet.modules()] == before
+
+
+@pytest.mark.parametrize("own_call", [False, True])
+def test_an_attention_that_does_not_run_is_an_error(unet: nn.Module, own_call: bool) -> None:
+    """A block that another extension skips would leave the perturbed rows as they are: guidance of zero."""
+    topology = Topology(unet)
+    x, sigma, cond = inputs()
+    block = topology.resolve("middle.1")[0].transformer_block
+    block.forward = lambda x, context=None: x  # type: ignore[method-assign]
+    branch = Branch(
+        topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve("middle"), own_call=own_call
+    )
+    try:
+        with pytest.raises(RuntimeError, match=r"middle\.1"):
+            denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=branch)
+    finally:
+        del block.forward
+
+
+def test_the_prefix_is_as_large_as_possible(unet: nn.Module) -> None:
+    topology = Topology(unet)
+    site = topology.resolve("middle.1")[0]
+    middle: Any = unet.get_submodule("middle_block")
+    expected = [*unet.get_submodule("input_blocks").children(), middle[0], middle[1].transformer_blocks[0]]
+    assert prefix_modules(topology, site) == expected
+    assert prefix_modules(topology, topology.resolve("input.1")[0])[-1] is unet.get_submodule("input_blocks.1.0")
+
+
+def test_rows_of_conds() -> None:
+    rows, more = torch.arange(4), torch.arange(7)
+    cond = {"a": [rows, (rows,)], "b": more, "c": None, "d": "text"}
+    selected = select_rows(cond, range(1, 3))
+    assert [t.tolist() for t in (selected["a"][0], selected["a"][1][0], selected["b"])] == [[1, 2]] * 3
+    appended = append_rows(cond, range(1, 3), total=4)
+    assert [t.tolist() for t in (appended["a"][0], appended["a"][1][0], appended["b"])] == [[0, 1, 2, 3, 1, 2]] * 3
+    for result in (selected, appended):
+        assert (result["c"], result["d"]) == (None, "text")
