@@ -26,7 +26,7 @@ def attributes(model: nn.Module) -> dict[str, set[str]]:
     found = {}
     for name, module in model.named_modules():
         hooks = {
-            f"{key}:{len(value)}" for key, value in vars(module).items() if key.endswith("_hooks") and len(value)
+            f"{key}:{len(value)}" for key, value in vars(module).items() if key.endswith("_hooks") and value
         }
         found[name] = set(vars(module)) | hooks
     return found

@@ -53,8 +53,11 @@ def check(host: Host, nested: Nested, install: Callable[[], None], outer: dict[s
     assert torch.equal(actual_outer, expected_outer), "the outer generation is not its own"
 
 
-@pytest.mark.parametrize("fields", [SAME, OTHER], ids=["alike", "other shape"])
-@pytest.mark.parametrize("inner", INNER_SETTINGS.values(), ids=INNER_SETTINGS)
+@pytest.mark.parametrize(
+    ("inner", "fields"),
+    [(None, SAME), (None, OTHER), ({}, SAME), (INNER, OTHER), (OUTER, SAME)],
+    ids=["plain", "plain of other shape", "off", "guided", "guided alike"],
+)
 @pytest.mark.parametrize("position", ["before", "after"])
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_from_a_callback(host: Host, kind: str, position: str, inner: Any, fields: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from server import (
     running_server,
 )
 
-EXTENSION = {"sag-pag": REPOSITORY}
+EXTENSIONS = {"sag-pag": REPOSITORY, "probe": REPOSITORY / "tests" / "webui" / "probe"}
 
 ServerFactory = Callable[..., Server]
 
@@ -55,7 +55,7 @@ def start_server(
 @pytest.fixture(scope="session")
 def webui(start_server: ServerFactory) -> Server:
     """A WebUI with this extension installed."""
-    return start_server("webui", extensions=EXTENSION)
+    return start_server("webui", extensions=EXTENSIONS)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Lint, types and all tests on a fresh machine with Python 3.10 to 3.12 and pip.
+#   bash tests/run.sh            everything that needs no WebUI
+#   WEBUI_DIR=… bash tests/run.sh   the tests in a real WebUI as well
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+if [ ! -e .venv/ready ]; then
+  "$python" -m venv --clear .venv
+  .venv/bin/pip install -q "torch==2.13.0" -r tests/requirements.txt
+  .venv/bin/pip install -q --no-deps "stable-diffusion-sdkit==2.1.5"
+  touch .venv/ready
+fi
+if [ ! -e .venv-diffusers/ready ]; then
+  "$python" -m venv --clear .venv-diffusers
+  .venv-diffusers/bin/pip install -q "torch==2.13.0" -r tests/requirements-diffusers.txt
+  touch .venv-diffusers/ready
+fi
+
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest -q --ignore=tests/oracles/test_diffusers.py --ignore=tests/webui
+if [ -n "${WEBUI_DIR:-}" ]; then
+  .venv/bin/python -m pytest -q tests/webui
+else
+  echo "WEBUI_DIR is not set: the tests in a real WebUI did not run"
+fi
+.venv-diffusers/bin/python -m pytest -q tests/oracles/test_diffusers.py

@@ -1,0 +1,152 @@
+"""The API's arguments, infotext and X/Y/Z plot in a real WebUI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from client import DEFAULTS, Client
+from test_generation import BOTH, TITLE, guided, state
+
+FULL = {
+    "sag_scale": 0.61, "sag_threshold": 0.9, "sag_blur_sigma": 1.5, "sag_block": "output.3", "sag_start": 0.05,
+    "sag_end": 0.9, "pag_scale": 2.35, "pag_blocks": "middle, output.3-5", "pag_start": 0.1, "pag_end": 0.95,
+    "pag_fade": True, "rescale": 0.4, "rescale_mode": "partial",
+}  # fmt: skip
+
+
+def test_list_short_list_and_dict_mean_the_same(client: Client) -> None:
+    named = client.txt2img(**guided(pag_scale=2.5))
+    values = [False, 0.75, 1.0, 1.0, "middle", 0, 1, True, 2.5]
+    listed = client.txt2img(alwayson_scripts={TITLE: {"args": values}})
+    whole = [*values, "middle", 0.0, 1.0, False, 0.0, "full", "both passes", False, 0.75, 3.0]
+    assert np.array_equal(named.image, listed.image)
+    assert np.array_equal(named.image, client.txt2img(alwayson_scripts={TITLE: {"args": whole}}).image)
+    assert named.infotext == listed.infotext
+
+
+@pytest.mark.parametrize(("settings", "field", "allowed"), [
+    ({"pag_scal": 3}, "pag_scal", "pag_scale"),
+    ({"pag_scale": "3"}, "pag_scale", "a number from 0 to 20"),
+    ({"pag_scale": True}, "pag_scale", "a number"),
+    ({"pag_scale": 21}, "pag_scale", "0 to 20"),
+    ({"sag_scale": -1}, "sag_scale", "0 to 5"),
+    ({"sag_scale": None}, "sag_scale", "0 to 5"),
+    ({"pag_enabled": 1}, "pag_enabled", "true or false"),
+    ({"pag_scale": 3, "rescale_mode": "half"}, "rescale_mode", "'partial'"),
+    ({"pag_blocks": "input.3"}, "pag_blocks", "input.4"),
+    ({"pag_blocks": "middle, nowhere"}, "pag_blocks", "output.N"),
+    ({"sag_block": "input.1, middle"}, "sag_block", "one block"),
+    ({"sag_block": "output.3-5"}, "sag_block", "one block"),
+    ({"pag_start": 0.9, "pag_end": 0.1}, "pag_start", "pag_end"),
+])  # fmt: skip
+def test_bad_values_are_refused(settings: dict[str, Any], field: str, allowed: str, client: Client) -> None:
+    """With an HTTP error that names the field, what was sent and what is allowed; nothing is generated."""
+    client.load_checkpoint("sd1")
+    client.txt2img(steps=1)
+    before = len(state(client)["calls"])
+    answer = client.request("/sdapi/v1/txt2img", DEFAULTS | guided(**settings))
+    assert answer.status == 422
+    assert field in answer.body["detail"]
+    assert allowed in answer.body["detail"]
+    assert repr(settings.get(field, "")) in answer.body["detail"]
+    assert len(state(client)["calls"]) in (0, before)
+    client.txt2img(steps=1)
+
+
+def test_blocks_are_those_of_the_loaded_model(client: Client) -> None:
+    client.load_checkpoint("sdxl")
+    assert client.request("/sdapi/v1/txt2img", DEFAULTS | guided(pag_blocks="output.8")).status == 422
+    client.txt2img(**guided(pag_blocks="output.0.1, m0"))
+    client.load_checkpoint("sd1")
+    client.txt2img(**guided(pag_blocks="output.8, mid, down.block_2"))
+
+
+def test_infotext_comes_back_exactly(client: Client) -> None:
+    client.load_checkpoint("sd1")
+    first = client.txt2img(**guided(**FULL))
+    assert first.png_infotexts[0] == first.infotext
+    read = client.call("/sdapi/v1/png-info", {"image": "data:image/png;base64," + first.body["images"][0]})
+    assert read["info"] == first.infotext
+    again = client.request("/sdapi/v1/txt2img", {"infotext": read["info"]})
+    assert again.status == 200
+    assert again.body["images"][0] == first.body["images"][0]
+    for fragment in ("SAG: True", "SAG scale: 0.61", 'PAG blocks: "middle, output.3-5"', "PAG fade: True"):
+        assert fragment in first.infotext
+    off = client.txt2img().infotext
+    assert "SAG" not in off
+    assert "PAG" not in off
+
+
+def axis(client: Client, label: str) -> int:
+    """The axis' number in the X/Y/Z plot of txt2img."""
+    for info in client.call("/sdapi/v1/script-info"):
+        if info["name"] == "x/y/z plot" and not info["is_img2img"]:
+            labels: list[str] = info["args"][0]["choices"]
+            assert labels.count(label) == 1
+            return labels.index(label)
+    raise AssertionError("no X/Y/Z plot")
+
+
+def plot(client: Client, x: tuple[str, str], y: tuple[str, str] = ("Nothing", "")) -> dict[str, Any]:
+    """A request for a grid with the cells' pictures."""
+    return DEFAULTS | {"script_name": "x/y/z plot", "script_args": [
+        axis(client, x[0]), x[1], "", axis(client, y[0]), y[1], "", 0, "", "", False, True, False, False, False, False,
+        False, 0, True,
+    ]}  # fmt: skip
+
+
+def test_axes_switch_features_on(client: Client) -> None:
+    client.load_checkpoint("sd1")
+    grid = client.txt2img(**plot(client, ("[PAG] Scale", "0, 3"), ("[SAG] Scale", "0, 0.75")))
+    cells = grid.images[-4:]
+    expected = [client.txt2img(**guided(pag_scale=p, sag_scale=s)).image for s in (0, 0.75) for p in (0, 3)]
+    for cell, image in zip(cells, expected, strict=True):
+        assert np.array_equal(cell, image)
+    assert "PAG scale: 3" in grid.info["infotexts"][-1]
+
+
+@pytest.mark.parametrize(("label", "values"), [
+    ("[SAG] Enable", "False, True"), ("[SAG] Mask threshold", "0.5, 1.2"), ("[SAG] Blur sigma", "0.5, 3"),
+    ("[SAG] Block to read", "middle, output.3"), ("[SAG] Start", "0, 0.5"), ("[SAG] End", "0.5, 1"),
+    ("[PAG] Enable", "False, True"), ("[PAG] Blocks to perturb", '"middle, output.4", input.4'),
+    ("[PAG] Start", "0, 0.5"), ("[PAG] End", "0.5, 1"), ("[PAG] Fade to the end", "False, True"),
+])  # fmt: skip
+def test_every_axis_changes_the_picture(label: str, values: str, client: Client) -> None:
+    client.load_checkpoint("sd1")
+    first, second = client.txt2img(**plot(client, (label, values))).images[-2:]
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(("label", "values"), [
+    ("[SAG/PAG] Rescale", "0, 0.7"), ("[SAG/PAG] Rescale mode", "full, snf"),
+])
+def test_shared_axes(label: str, values: str, client: Client) -> None:
+    """These switch nothing on by themselves: there is no telling which feature is meant."""
+    client.load_checkpoint("sd1")
+    first, second = client.txt2img(**plot(client, (label, values)), **guided(**BOTH, rescale=0.7)).images[-2:]
+    assert not np.array_equal(first, second)
+
+
+def test_every_parameter_has_one_axis(client: Client) -> None:
+    (labels,) = [
+        info["args"][0]["choices"] for info in client.call("/sdapi/v1/script-info")
+        if info["name"] == "x/y/z plot" and not info["is_img2img"]
+    ]
+    ours = [label for label in labels if label.startswith(("[SAG]", "[PAG]", "[SAG/PAG]"))]
+    assert len(ours) == len(set(ours)) == 19
+
+
+@pytest.mark.parametrize(("label", "values"), [
+    ("[PAG] Scale", "1, 99"), ("[PAG] Scale", "1, x"), ("[PAG] Blocks to perturb", "middle, nowhere"),
+    ("[PAG] Enable", "True, maybe"), ("[SAG/PAG] Rescale mode", "full, half"),
+])
+def test_a_bad_value_is_refused_before_the_first_picture(label: str, values: str, client: Client) -> None:
+    client.load_checkpoint("sd1")
+    client.txt2img(steps=1)
+    before = state(client)["calls"]
+    answer = client.request("/sdapi/v1/txt2img", plot(client, (label, values)))
+    assert answer.status in (422, 500)
+    assert answer.body["errors"]
+    assert state(client)["calls"] == before
