@@ -11,13 +11,18 @@ from sag_pag.demo.unet import UNetKwargs, UNetModel
 Kind = Literal["CFG", "PAG", "SAG"]
 
 
+def _diffusers() -> Any:
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    return importlib.import_module("diffusers")
+
+
 def diffusers_unet(unet: UNetModel, config: UNetKwargs) -> Any:
     """diffusers' U-Net with the same weights, converted by diffusers and loaded strictly.
 
     A vector condition must be SDXL's: a context of 1280 or 2048, and six sinusoids of 256. Raises ``ImportError``
     without diffusers.
     """
-    diffusers = importlib.import_module("diffusers")
+    diffusers = _diffusers()
     convert = importlib.import_module("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
     vae = {"params": {"ddconfig": {"ch_mult": (1, 2, 4, 4)}}}
     params = {"unet_config": {"params": {"transformer_depth": 1, **config}}, "first_stage_config": vae}
@@ -34,8 +39,7 @@ def diffusers_pipeline(kind: Kind, unet: Any, **options: Any) -> Any:
 
     Raises ``ImportError`` without diffusers, ``LookupError`` if it has no such pipeline for this layout.
     """
-    diffusers = importlib.import_module("diffusers")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    diffusers = _diffusers()
     parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet, **options}
     parts["scheduler"] = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,

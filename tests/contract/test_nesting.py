@@ -13,8 +13,8 @@ from torch import Tensor
 OUTER = {"sag_scale": 1, "pag_scale": 3}
 INNER = {"pag_scale": 1, "pag_blocks": "input.1"}
 CALLBACKS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
-SAME = {"seed": 7, "sampler_name": "Euler"}
-OTHER = {"seed": 7, "sampler_name": "DDIM", "batch_size": 2, "prompt": "a dog AND a house"}
+SAME = {"seed": 7, "sampler_name": "Euler", "steps": 2}
+OTHER = {"seed": 7, "sampler_name": "DDIM", "steps": 2, "batch_size": 2, "prompt": "a dog AND a house"}
 INNER_SETTINGS: dict[str, Any] = {"plain": None, "off": {}, "guided": INNER, "guided alike": OUTER}
 
 

@@ -26,8 +26,8 @@ def test_batches_depend_on_seed_and_step_only() -> None:
     first, again = (draw_batch(8, seed=1, step=5, caption_dropout=0.1) for _ in range(2))
     for name in ("pictures", "noise", "timesteps", "ids"):
         assert torch.equal(getattr(first, name), getattr(again, name))
-    assert not torch.equal(first.pictures, draw_batch(8, seed=1, step=6, caption_dropout=0.1).latent)
-    assert not torch.equal(first.pictures, draw_batch(8, seed=2, step=5, caption_dropout=0.1).latent)
+    assert not torch.equal(first.pictures, draw_batch(8, seed=1, step=6, caption_dropout=0.1).pictures)
+    assert not torch.equal(first.pictures, draw_batch(8, seed=2, step=5, caption_dropout=0.1).pictures)
 
 
 def test_timesteps_are_stratified_and_captions_dropped() -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sag_pag.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
 from sag_pag.blocks import Topology
 from sag_pag.demo.unet import CrossAttention, UNetKwargs, UNetModel, redraw_, timestep_embedding
 from sag_pag.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
@@ -20,20 +19,22 @@ from sag_pag.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
 Layout = Literal["sd1", "sd2", "sdxl"]
 Pipeline = Any
 
-CONTEXT, TOKENS, POOLED, TIME_IDS = 24, 5, 16, 8
-VECTOR = POOLED + 6 * TIME_IDS
-_COMMON: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "num_res_blocks": 2, "context_dim": CONTEXT}
+CONTEXT, TOKENS = 24, 5
+POOLED, TIME_IDS = 1280, 256  # by these and a context of 1280 the conversion knows SDXL
+_COMMON: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "num_res_blocks": 2}
 LAYOUTS: dict[Layout, UNetKwargs] = {
     "sd1": UNetKwargs(
         **_COMMON, model_channels=32, channel_mult=(1, 2, 2, 2), attention_resolutions=(4, 2, 1), num_heads=4,
+        context_dim=CONTEXT,
     ),
     "sd2": UNetKwargs(
         **_COMMON, model_channels=32, channel_mult=(1, 2, 4, 4), attention_resolutions=(4, 2, 1),
-        num_head_channels=16, use_linear_in_transformer=True,
+        num_head_channels=16, use_linear_in_transformer=True, context_dim=CONTEXT,
     ),
     "sdxl": UNetKwargs(
         **_COMMON, model_channels=32, channel_mult=(1, 2, 4), attention_resolutions=(4, 2), num_head_channels=16,
-        use_linear_in_transformer=True, transformer_depth=(1, 2, 3), num_classes="sequential", adm_in_channels=VECTOR,
+        use_linear_in_transformer=True, transformer_depth=(1, 2, 3), num_classes="sequential",
+        adm_in_channels=POOLED + 6 * TIME_IDS, context_dim=1280,
     ),
 }
 
@@ -73,51 +74,22 @@ class SameTimeEmbedding(nn.Module):
 
 
 @functools.cache
-def their_unet(unet: UNetModel, layout: Layout) -> Any:
-    """diffusers' U-Net with the same weights, by diffusers' own conversion, loaded strictly."""
-    diffusers = pytest.importorskip("diffusers")
-    convert = pytest.importorskip("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
-    ldm_config: dict[str, Any] = {"transformer_depth": 1, **LAYOUTS[layout]}
-    vae = {"params": {"ddconfig": {"ch_mult": (1, 2, 4, 4)}}}
-    params = {"params": {"unet_config": {"params": ldm_config}, "first_stage_config": vae}}
-    config = convert.create_unet_diffusers_config({"model": params}, image_size=128)
-    if layout == "sdxl":  # recognised by the width of its context, which is small here
-        config |= {
-            "class_embed_type": None, "addition_embed_type": "text_time", "addition_time_embed_dim": TIME_IDS,
-            "projection_class_embeddings_input_dim": VECTOR,
-        }
-    theirs = diffusers.UNet2DConditionModel(**config)
-    state = convert.convert_ldm_unet_checkpoint(dict(unet.state_dict()), config, skip_extract_state_dict=True)
-    theirs.load_state_dict(state)
-    theirs.eval().requires_grad_(False).to(unet.dtype)
-    if unet.dtype == torch.float64:
+def their_unet(layout: Layout, *, dtype: torch.dtype) -> Any:
+    """diffusers' U-Net with the same weights."""
+    unet = our_unet(layout, dtype=dtype)
+    theirs = diffusers_unet(unet, LAYOUTS[layout])
+    if dtype == torch.float64:
         theirs.time_proj = SameTimeEmbedding(unet.model_channels)
         if layout == "sdxl":
             theirs.add_time_proj = SameTimeEmbedding(TIME_IDS)
     return theirs
 
 
-def pipeline(kind: Literal["pag", "sag"], unet: UNetModel, layout: Layout, **options: Any) -> Pipeline:
-    """The pipeline around ``unet``'s weights, without text encoders and VAE, with DDIM on Stable Diffusion's betas."""
-    diffusers = pytest.importorskip("diffusers")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(unet.dtype)
-    parts: dict[str, Any] = {
-        "vae": None, "text_encoder": None, "tokenizer": None, "unet": their_unet(unet, layout), "scheduler": scheduler,
-    }
-    if layout == "sdxl":
-        maker = diffusers.StableDiffusionXLPAGPipeline
-        parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
-    else:
-        maker = diffusers.StableDiffusionPAGPipeline if kind == "pag" else diffusers.StableDiffusionSAGPipeline
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    made = maker(**parts, **options)
-    made.set_progress_bar_config(disable=True)
-    return made
+def pipeline(kind: Kind, layout: Layout, *, dtype: torch.dtype, **options: Any) -> Pipeline:
+    """diffusers' pipeline on the weights of ``our_unet``."""
+    pipe = diffusers_pipeline(kind, their_unet(layout, dtype=dtype), **options)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(dtype)
+    return pipe
 
 
 @dataclass(frozen=True)
@@ -135,7 +107,8 @@ def prompts(layout: Layout, *, images: int, size: tuple[int, int], dtype: torch.
     def normal(*shape: int) -> Tensor:
         return torch.randn(images, *shape, generator=generator).to(dtype)
 
-    cond, uncond = {"crossattn": normal(TOKENS, CONTEXT)}, {"crossattn": normal(TOKENS, CONTEXT)}
+    context = LAYOUTS[layout]["context_dim"]
+    cond, uncond = {"crossattn": normal(TOKENS, context)}, {"crossattn": normal(TOKENS, context)}
     theirs = {"prompt_embeds": cond["crossattn"], "negative_prompt_embeds": uncond["crossattn"]}
     if layout == "sdxl":
         pixels = torch.tensor([8.0 * size[0], 8.0 * size[1]])

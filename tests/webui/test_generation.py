@@ -143,6 +143,15 @@ def test_own_call_gives_the_same_picture(checkpoint: str, client: Client) -> Non
     pytest.param({"tiling": True}, id="tiling"),
 ])  # fmt: skip
 def test_every_way_to_generate(payload: dict[str, Any], client: Client) -> None:
+    # not sent as override_settings: the WebUI does not restore options that its config.json does not hold
+    options = payload.get("override_settings", {})
+    request = {key: value for key, value in payload.items() if key != "override_settings"}
+    with client.options(**options):
+        off_and_on(client, request)
+
+
+def off_and_on(client: Client, payload: dict[str, Any]) -> None:
+    """The same request off, on, and off again."""
     off = client.txt2img(**payload)
     on = client.txt2img(**payload, **guided(**BOTH, rescale=0.3))
     assert len(on.images) == len(off.images)
