@@ -1,74 +1,231 @@
-"""What guidance costs, counted on the full-size U-Nets of SD 1.5 at 512 and SDXL at 1024 pixels."""
+"""What guidance costs: operations counted on tensors without data, and bytes by following every tensor's storage."""
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sag_pag.attention import LOGITS_BUDGET, attention_received, unchanged_inputs
-from sag_pag.benchmark.steps import METHODS, Method, step_config, step_flops
-from sag_pag.demo.unet import CrossAttention, redraw_
+from sag_pag import attention as attention_module
+from sag_pag.attention import AttentionPatch, MapCapture, attention_received, unchanged_inputs
+from sag_pag.benchmark.steps import METHODS, TOKENS, Method, step_config, step_flops
+from sag_pag.blocks import Topology
+from sag_pag.demo.unet import CrossAttention, UNetModel, redraw_
+from sag_pag.session import plan_step
 from sag_pag.settings import Settings
 
-LIMITS = {"PAG": 1.35, "PAG, own call": 1.35, "SAG": 1.51, "SAG and PAG": 1.86}
-NOTHING = {
-    "off": Method(Settings()),
-    "scale 0": Method(Settings.from_dict({"pag_scale": 0, "sag_scale": 0})),
-    "out of range": Method(Settings.from_dict({"pag_end": 0.2, "sag_start": 0.8})),
-    "no block": Method(Settings.from_dict({"pag_blocks": ""})),
+MIB = 2**20
+PAG, SAG = {"pag_enabled": True}, {"sag_enabled": True}
+LIMITS = {"CFG": 1.0, "PAG": 1.35, "PAG, own call": 1.35, "SAG": 1.51, "SAG and PAG": 1.86}
+UNGUIDED = {
+    "off": Settings(pag_blocks="input.1", sag_block="input.1"),
+    "scale 0": Settings(**PAG, **SAG, pag_scale=0.0, sag_scale=0.0),  # type: ignore[arg-type]
+    "before the start": Settings(**PAG, **SAG, pag_start=0.51, sag_start=0.51),  # type: ignore[arg-type]
+    "after the end": Settings(**PAG, **SAG, pag_end=0.49, sag_end=0.49),  # type: ignore[arg-type]
+    "no block": Settings(**PAG, pag_blocks=""),  # type: ignore[arg-type]
+    "no blur": Settings(**SAG, sag_blur_sigma=0.0),  # type: ignore[arg-type]
 }
+layouts = pytest.mark.parametrize("layout", ["sd1", "sdxl"], ids=["SD 1.5 at 512", "SDXL at 1024"])
 
 
-@pytest.mark.parametrize("layout", ["sd1", "sdxl"])
-def test_flops_of_a_guided_step_over_a_plain_one(layout: str) -> None:
+@functools.cache
+def cost_table(layout: str) -> dict[str, int]:
+    """Operations of one full-size step of one image, by method."""
     config, latent = step_config(layout)
-    flops = step_flops(config, METHODS | NOTHING, latent=latent)
-    ratios = {name: flops[name] / flops["CFG"] for name in flops}
-    assert {name: ratio for name, ratio in ratios.items() if ratio > LIMITS.get(name, 1.0)} == {}
-    assert all(ratios[name] == 1 for name in NOTHING)
-    assert all(ratios[name] > 1.3 for name in LIMITS)  # a count that misses the extra work would be less
-    print({name: round(ratio, 4) for name, ratio in ratios.items()})  # noqa: T201 - shown with -rA
+    others = {
+        "only PAG on": Method(Settings(**PAG, **SAG, sag_scale=0.0)),  # type: ignore[arg-type]
+        "PAG early": Method(Settings(**PAG, pag_blocks="input.4")),  # type: ignore[arg-type]
+        "PAG late": Method(Settings(**PAG, pag_blocks="output.5")),  # type: ignore[arg-type]
+    }
+    unguided = {name: Method(settings) for name, settings in UNGUIDED.items()}
+    return step_flops(config, {**METHODS, **others, **unguided}, latent=latent)
+
+
+@layouts
+@pytest.mark.parametrize("method", list(LIMITS))
+def test_operations_of_a_step(layout: str, method: str, record_property: Any) -> None:
+    """Over those of a plain CFG step; batch 1, the default blocks (middle)."""
+    counts = cost_table(layout)
+    ratio = counts[method] / counts["CFG"]
+    record_property("ratio", f"{ratio:.4f}")
+    assert 1.0 <= ratio <= LIMITS[method]
+
+
+@layouts
+@pytest.mark.parametrize("settings", list(UNGUIDED))
+def test_what_does_nothing_costs_nothing(layout: str, settings: str) -> None:
+    counts = cost_table(layout)
+    assert counts[settings] == counts["CFG"]
+    config, _ = step_config(layout)
+    with torch.device("meta"):
+        topology = Topology(UNetModel(**config))
+    assert plan_step(UNGUIDED[settings], topology, progress=0.5) is None
+
+
+@layouts
+def test_less_is_shared_the_earlier_pag_starts(layout: str) -> None:
+    counts = cost_table(layout)
+    assert counts["PAG late"] < counts["PAG"] < counts["PAG early"] < 1.5 * counts["CFG"]
+    assert counts["only PAG on"] == counts["PAG"] == counts["PAG, own call"]
+
+
+@layouts
+def test_the_count_has_the_attention_in_it(layout: str) -> None:
+    """The products with q, k and v in closed form: 4 N M C operations for N tokens that attend to M.
+
+    A counter that misses the attention would flatter PAG, which leaves some of it out, and SAG.
+    """
+    config, latent = step_config(layout)
+    with torch.device("meta"):
+        topology = Topology(UNetModel(**config))
+    per_row = 0
+    for site in topology.sites:
+        down = {320: 1, 640: 2, 1280: 4}[site.attention.to_q.in_features]  # type: ignore[union-attr, index]
+        down = 8 if layout == "sd1" and site.part == "middle" else down
+        tokens = (latent // down) ** 2
+        per_row += 4 * tokens * (tokens + TOKENS) * site.attention.to_q.in_features  # type: ignore[union-attr, operator]
+    config_without = replace_attention_products(config, latent)
+    assert cost_table(layout)["CFG"] - config_without == 2 * per_row
+
+
+def replace_attention_products(config: Any, latent: int) -> int:
+    """The count of a plain step whose attentions pass their values on."""
+    def forward(self: CrossAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, _, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        result: Tensor = self.to_out(q + v.sum(dim=1, keepdim=True))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrossAttention, "forward", forward)
+        return step_flops(config, {"CFG": Method()}, latent=latent)["CFG"]
 
 
 class LiveBytes(TorchDispatchMode):
-    """The peak of the bytes that new tensors hold, each storage counted once while any tensor in it lives."""
+    """Follows the storages of all tensors made inside it: ``live`` bytes now, ``peak`` at the most."""
 
-    def __init__(self, *known: torch.Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.tensors: Counter[tuple[int, int]] = Counter()
-        self.peak = 0
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def know(self, *tensors: Tensor) -> None:
+        """Storages that were there before, and don't count."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (list, tuple)) else (out,):
-            storage = tensor.untyped_storage()
-            key = (storage.data_ptr(), storage.nbytes())
-            if key[0] not in self.known:
-                self.tensors[key] += 1
-                weakref.finalize(tensor, self._forget, key)
-        self.peak = max(self.peak, sum(size for _, size in self.tensors))
-        return out
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return result
 
-    def _forget(self, key: tuple[int, int]) -> None:
-        self.tensors[key] -= 1
-        if not self.tensors[key]:
-            del self.tensors[key]
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
 
 
-def test_memory_of_reading_a_large_map() -> None:
-    """16,384 tokens and 10 heads: the whole map would take 10 GiB."""
-    attention = CrossAttention(query_dim=640, heads=10, dim_head=64)
-    redraw_(attention, seed=0)
-    tokens = torch.randn(1, 16384, 640, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), LiveBytes(tokens, *attention.parameters()) as memory:
+def make_attention(heads: int, channels: int, *, dtype: torch.dtype = torch.float32) -> CrossAttention:
+    attention = CrossAttention(channels, heads=heads, dim_head=channels // heads)
+    redraw_(attention, seed=4, gain=1.5)
+    attention.eval().requires_grad_(False).to(dtype)
+    return attention
+
+
+def test_the_byte_counter_counts() -> None:
+    with LiveBytes() as counter:
+        a = torch.zeros(MIB)
+        b = a.view(2, -1)[0]
+        c = b + 1
+        del c
+        d = torch.zeros(MIB // 4)
+        assert counter.live == 5 * MIB
+        del a, b, d
+    assert counter.live == 0
+    assert counter.peak == 6 * MIB
+
+
+def capture_peak(dtype: torch.dtype, *, rows: int) -> float:
+    """MiB that reading the last of ``rows`` rows' map adds, the way that it is done in the U-Net's call."""
+    attention, tokens = make_attention(10, 640, dtype=dtype), torch.randn(rows, 16_384, 640, dtype=dtype)
+    capture = MapCapture([rows - 1])
+    patch = AttentionPatch(attention, rows, 0, unchanged_inputs, capture)
+    with torch.no_grad(), LiveBytes() as counter:
+        counter.know(tokens, *attention.parameters())
+        assert patch.wrap(lambda x: x)(tokens) is tokens
+    assert capture.received is not None
+    assert capture.received.shape == (1, 16_384)
+    assert torch.allclose(capture.received.mean(), torch.ones(()), atol=1e-4)
+    return counter.peak / MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_memory_of_the_map_capture(dtype: torch.dtype, record_property: Any) -> None:
+    """At 16,384 tokens and 10 heads, where a whole map in float32 would take 10 GiB; of two rows one is read."""
+    peak = capture_peak(dtype, rows=2)
+    record_property("MiB", f"{peak:.1f}")
+    assert peak <= 64
+
+
+def full_map(attention: CrossAttention, tokens: Tensor) -> Tensor:
+    """The map's column sums in float64, the whole map held."""
+    q, k = (
+        layer(tokens).double().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for layer in (attention.to_q, attention.to_k)
+    )
+    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(dim=1).sum(dim=1)
+
+
+@pytest.mark.parametrize("budget", [attention_module.LOGITS_BUDGET, 3 * 77 * 77, 77 * 10, 1], ids=str)
+@pytest.mark.parametrize("heads", [1, 5, 8])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)], ids=str,
+)
+def test_received_attention_is_the_maps(
+    budget: int, heads: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In pieces of any size. Half precision may round q and k, but nothing from there on."""
+    monkeypatch.setattr(attention_module, "LOGITS_BUDGET", budget)
+    attention = make_attention(heads, 80, dtype=dtype)
+    tokens = torch.randn(2, 77, 80, generator=torch.Generator().manual_seed(1)).to(dtype)
+    received = attention_received(attention, tokens, unchanged_inputs)
+    expected = full_map(attention, tokens)
+    assert received.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert expected.std() > 0.05, "a uniform map tests nothing"
+    assert (received - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_received_attention_under_autocast(autocast: torch.dtype) -> None:
+    """The softmax is taken in float32 whatever the host's autocast wants."""
+    attention, tokens = make_attention(8, 80), 4 * torch.randn(2, 77, 80, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=autocast):
         received = attention_received(attention, tokens, unchanged_inputs)
-    assert memory.peak > 16384 * 640 * 4 + LOGITS_BUDGET * 4  # the keys and a piece of the map were seen
-    assert memory.peak <= 64 * 2**20
-    print(f"{memory.peak / 2**20:.1f} MiB")  # noqa: T201 - shown with -rA
-    assert received.mean().item() == pytest.approx(1, abs=1e-4)
+        expected = full_map_outside(attention, tokens)
+    assert received.dtype == torch.float32
+    assert (received - expected).abs().max() < 1e-4
+
+
+def full_map_outside(attention: CrossAttention, tokens: Tensor) -> Tensor:
+    """``full_map`` with only the projections under autocast."""
+    q, k = attention.to_q(tokens), attention.to_k(tokens)
+    with torch.autocast("cpu", enabled=False):
+        q, k = (t.double().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (q, k))
+        return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(dim=1).sum(dim=1)
