@@ -118,6 +118,11 @@ def test_mask(height: int, width: int, scale: int, cut: int, threshold: float, s
         assert mask[image, 0, row, column] == float(token > np.float32(threshold))
 
 
+def test_what_gets_as_much_as_the_threshold_is_not_in_the_mask() -> None:
+    mask = guidance.attention_mask(torch.ones(1, 6), size=(2, 3), threshold=1.0, latent_size=(4, 6))
+    assert not mask.any()
+
+
 def test_mask_wants_the_tokens_to_fill_the_map() -> None:
     with pytest.raises(ValueError, match="11 tokens do not fill a feature map of 3 x 4"):
         guidance.attention_mask(torch.ones(1, 11), size=(3, 4), threshold=1.0, latent_size=(12, 16))

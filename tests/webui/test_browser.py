@@ -61,7 +61,7 @@ def test_paste_and_send(page: Any, client: Client) -> None:
     page.locator(f"{element('txt2img', 'panel')} > .label-wrap").click()
     screenshot(page, "panel-off")
     page.locator("#txt2img_prompt textarea").fill(text)
-    page.locator("#paste").click()
+    page.locator("#txt2img_tools #paste").click()
     page.wait_for_timeout(3000)
     screenshot(page, "panel-pasted")
     assert ticked(page, "txt2img", "pag")
@@ -81,6 +81,6 @@ def test_paste_and_send(page: Any, client: Client) -> None:
     assert number(page, "img2img", "pag_scale") == 2.35
     page.locator("#tabs button", has_text="txt2img").first.click()
     page.locator("#txt2img_prompt textarea").fill(client.txt2img().infotext)
-    page.locator("#paste").click()
+    page.locator("#txt2img_tools #paste").click()
     page.wait_for_timeout(3000)
     assert not ticked(page, "txt2img", "pag")
