@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +176,24 @@ def test_the_byte_counter_counts() -> None:
     assert counter.peak == 6 * MIB
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def capture_peak(*, tokens: int, dtype: torch.dtype, rows: int, fake: bool) -> float:
     """MiB that reading the last of ``rows`` rows' map adds, the way that it is done in the U-Net's call.
 
     10 heads of 64. ``fake``: with tensors that have sizes and no data, so in no time.
     """
-    with torch.no_grad(), FakeTensorMode() if fake else nullcontext():
-        attention = CrossAttention(640, heads=10, dim_head=64).to(dtype)
-        x = torch.randn(rows, tokens, 640, dtype=dtype)
+    with torch.no_grad(), default_dtype(dtype), FakeTensorMode() if fake else nullcontext():
+        attention = CrossAttention(640, heads=10, dim_head=64)
+        x = torch.randn(rows, tokens, 640)
         capture = MapCapture([rows - 1])
         forward = AttentionPatch(attention, rows, 0, unchanged_inputs, capture).wrap(lambda x: x)
         with LiveBytes() as counter:
@@ -193,11 +204,10 @@ def capture_peak(*, tokens: int, dtype: torch.dtype, rows: int, fake: bool) -> f
     return counter.peak / MIB
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_memory_of_the_map_capture(dtype: torch.dtype, rows: int) -> None:
-    """At 16,384 tokens and 10 heads, where a whole map in float32 would take 10 GiB."""
-    peak = capture_peak(tokens=16_384, dtype=dtype, rows=rows, fake=True)
+def test_memory_of_the_map_capture(dtype: torch.dtype) -> None:
+    """At 16,384 tokens and 10 heads, where a whole map in float32 would take 10 GiB. One of two rows is read."""
+    peak = capture_peak(tokens=16_384, dtype=dtype, rows=2, fake=True)
     assert 8 < peak <= 64  # at least one piece of the logits, or nothing was measured
 
 

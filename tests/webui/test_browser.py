@@ -68,7 +68,7 @@ def test_paste_and_send(page: Any, client: Client) -> None:
     assert not ticked(page, "txt2img", "sag")
     assert number(page, "txt2img", "pag_scale") == 2.35
     assert number(page, "txt2img", "rescale") == 0.4
-    assert page.locator(f"{element('txt2img', 'pag_blocks')} textarea").input_value() == "middle, output.3"
+    assert page.locator(f"{element('txt2img', 'pag_blocks')} :is(textarea, input)").input_value() == "middle, output.3"
     assert page.locator(f"{element('txt2img', 'pag_fade')} input").is_checked()
     page.locator("#txt2img_generate").click()
     page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
