@@ -21,14 +21,15 @@ def forward_replaced(module: nn.Module, make: Callable[[Forward], Forward]) -> I
     instance = vars(module)
     had_own = "forward" in instance
     previous: Forward = module.forward
-    instance["forward"] = make(previous)
+    ours = instance["forward"] = make(previous)
     try:
         yield
     finally:
-        if had_own:
-            instance["forward"] = previous
-        else:
-            instance.pop("forward", None)
+        if instance.get("forward") is ours:  # else another extension has put its own there: not ours to undo
+            if had_own:
+                instance["forward"] = previous
+            else:
+                del instance["forward"]
 
 
 def is_replaced(module: nn.Module, name: str) -> bool:

@@ -164,8 +164,10 @@ class Settings:
             object.__setattr__(self, parameter.name, parameter.check(getattr(self, parameter.name)))
 
     def check_order(self) -> None:
-        """Raises ``SettingError`` if a range ends before it starts."""
+        """Raises ``SettingError`` if the range of a feature that is on ends before it starts."""
         for feature in FEATURES:
+            if not getattr(self, f"{feature}_enabled"):
+                continue
             start, end = getattr(self, f"{feature}_start"), getattr(self, f"{feature}_end")
             if start > end:
                 raise SettingError(f"{feature}_start", start, f"a number up to {feature}_end, here {end:g}")

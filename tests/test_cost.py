@@ -204,7 +204,7 @@ def capture_peak(*, tokens: int, dtype: torch.dtype, rows: int, fake: bool) -> f
     return counter.peak / MIB
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_the_map_capture(dtype: torch.dtype) -> None:
     """At 16,384 tokens and 10 heads, where a whole map in float32 would take 10 GiB. One of two rows is read."""
     peak = capture_peak(tokens=16_384, dtype=dtype, rows=2, fake=True)

@@ -73,7 +73,7 @@ def test_paste_and_send(page: Any, client: Client) -> None:
     page.locator("#txt2img_generate").click()
     page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
     page.wait_for_timeout(2000)
-    assert "PAG scale: 2.35" in page.locator("#html_info_txt2img").inner_text()
+    assert "PAG scale: 2.35" in page.locator("#html_info_txt2img").first.inner_text()
     screenshot(page, "panel-generated")
     page.locator("#txt2img_send_to_img2img").click()
     page.wait_for_timeout(3000)
