@@ -148,14 +148,16 @@ def run_train(arguments: Sequence[str]) -> None:
     parser = _new_parser("train", "Trains the demo model on freshly drawn pictures; goes on where it was stopped.")
     parser.add_argument("--out", type=Path, default=Path("demo-training"), help="checkpoint, weights and loss curve")
     defaults = train.TrainSettings(out=Path())
-    for name in ("steps", "batch", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help="(default: %(default)s)")
+    for name in ("steps", "batch", "seed", "autoencoder_steps"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), help="(default: %(default)s)"
+        )
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the shipped weights were)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    names = ("out", "steps", "batch", "seed", "learning_rate", "bf16", "device")
+    names = ("out", "steps", "batch", "seed", "autoencoder_steps", "learning_rate", "bf16", "device")
     try:
         settings = train.TrainSettings(**{name: getattr(options, name) for name in names})
     except ValueError as error:

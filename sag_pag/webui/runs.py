@@ -121,7 +121,7 @@ class GuidedRun:
         if step is None or self._error is not None:
             return combined
         return step.apply(
-            combined, factor=denoiser.cond_scale_miltiplier, weight=host.inpainting_weight(denoiser)
+            combined, factor=getattr(denoiser, "cond_scale_miltiplier", 1.0), weight=host.inpainting_weight(denoiser)
         )
 
     def failing_visibly(self, work: Callable[[], Any]) -> Any:
@@ -176,6 +176,7 @@ class Callbacks:
 
     def __init__(self) -> None:
         self._running: list[GuidedRun] = []
+        self._steps: list[GuidedRun | None] = []  # steps under way, a nested generation's inside its outer one's
 
     def prepare(self, p: Any, settings: Settings | SettingError | None) -> None:
         """Makes the next ``p.sample`` guided by ``settings`` or refused for them; ``None``: neither."""
@@ -194,15 +195,25 @@ class Callbacks:
             result = sample()
         finally:
             self._running.remove(run)
+            self._forget_steps(run)
             run.close()
         run.raise_if_failed()
         return result
 
     def on_cfg_denoiser(self, params: Any) -> None:
         """Before a step's U-Net calls."""
-        for run in self._running:
-            if run.p is params.denoiser.p:
-                run.failing_visibly(partial(run.begin_step, params.denoiser))
+        if not self._running:
+            return
+        run = next((run for run in self._running if run.p is params.denoiser.p), None)
+        self._forget_steps(run)
+        self._steps.append(run)
+        if run is not None:
+            run.failing_visibly(partial(run.begin_step, params.denoiser))
+
+    def _forget_steps(self, run: GuidedRun | None) -> None:
+        """Forgets a step of ``run`` that never came to its end, and what was nested in it."""
+        if run is not None and run in self._steps:
+            del self._steps[self._steps.index(run) :]
 
     def on_cfg_denoised(self, params: Any) -> None:
         """After a step's U-Net calls, before CFG."""
@@ -211,9 +222,9 @@ class Callbacks:
                 run.failing_visibly(run.end_calls)
 
     def on_cfg_after_cfg(self, params: Any) -> None:
-        """After CFG. Tells nobody whose step it is; it can only be that of the innermost run."""
-        if self._running:
-            run = self._running[-1]
+        """After CFG. Tells nobody whose step it is: the one that began last."""
+        run = self._steps.pop() if self._steps else None
+        if run is not None:
             guided = run.failing_visibly(partial(run.guide, params.x))
             if guided is not None:
                 params.x = guided

@@ -90,7 +90,23 @@ def test_as_a_module() -> None:
 
 def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "run")
-    cli.main(["train", "--out", out, "--steps", "1", "--batch", "2", "--threads", "1", "--device", "cpu"])
+    cli.main(
+        [
+            "train",
+            "--out",
+            out,
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+            "--autoencoder-steps",
+            "2",
+        ]
+    )
     assert Path(capsys.readouterr().out.strip()).name == "weights.safetensors"
     judge = tmp_path / "judge.safetensors"
     cli.main(["train-classifier", "--out", str(judge), "--steps", "1", "--threads", "1"])
