@@ -6,7 +6,6 @@ fields of ``Settings`` is the positional order of the API and therefore public: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -68,9 +67,9 @@ class Parameter:
                 return value
         elif self.kind == "float":
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                number = float(value)
-                if math.isfinite(number) and self.minimum <= number <= self.maximum:
-                    return number
+                # compared before it is converted: an integer can be too large for a float
+                if self.minimum <= value <= self.maximum:
+                    return float(value)
         elif isinstance(value, str) and (self.kind == "blocks" or value in self.choices):
             return " ".join(value.split()) if self.kind == "blocks" else value
         raise SettingError(self.name, value, self.allowed)

@@ -62,8 +62,9 @@ class GuidedRun:
                 self.p.extra_generation_params.pop(key, None)
             self.note(f"not applied, {error}")
             return False
-        if self.settings.pag_enabled and not self.settings.pag_blocks:
-            self.note("PAG not applied, no block is chosen")
+        for feature, chosen in (("sag", self.settings.sag_block), ("pag", self.settings.pag_blocks)):
+            if getattr(self.settings, f"{feature}_enabled") and not chosen:
+                self.note(f"{feature.upper()} not applied, no block is chosen")
         return True
 
     def note(self, text: str) -> None:
