@@ -66,10 +66,10 @@ class Parameter:
             if isinstance(value, bool):
                 return value
         elif self.kind == "float":
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                # compared before it is converted: an integer can be too large for a float
-                if self.minimum <= value <= self.maximum:
-                    return float(value)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # compared before it is converted: an integer can be too large for a float
+            if is_number and self.minimum <= value <= self.maximum:  # type: ignore[operator]
+                return float(value)  # type: ignore[arg-type]
         elif isinstance(value, str) and (self.kind == "blocks" or value in self.choices):
             return " ".join(value.split()) if self.kind == "blocks" else value
         raise SettingError(self.name, value, self.allowed)
