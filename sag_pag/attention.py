@@ -68,12 +68,28 @@ def _received_in_row(attention: nn.Module, tokens: Tensor, key_value_inputs: Key
 class MapCapture:
     """Collects, during one U-Net call, the attention that tokens get in ``rows`` of the batch.
 
-    ``received`` is ``(rows, tokens)``, ``size`` the feature map's height and width as the transformer got it.
+    ``latent_size`` is the height and width of the whole latent; ``received`` is ``(rows, tokens)``, ``size`` the
+    feature map's height and width as the transformer got it.
     """
 
     rows: Sequence[int]
+    latent_size: tuple[int, int]
     received: Tensor | None = field(default=None, init=False)
     size: tuple[int, int] | None = field(default=None, init=False)
+
+    def watch_unet(self, host: Forward) -> Forward:
+        """Wraps the U-Net's forward to raise ``RuntimeError`` if it gets only a part of the picture."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tuple(x.shape[-2:]) != self.latent_size:
+                (h, w), (whole_h, whole_w) = x.shape[-2:], self.latent_size
+                raise RuntimeError(
+                    f"SAG needs the whole picture in one U-Net call; another extension gave the U-Net {h} x {w} of "
+                    f"{whole_h} x {whole_w} latent pixels"
+                )
+            return host(x, *args, **kwargs)
+
+        return forward
 
     def watch_transformer(self, host: Forward) -> Forward:
         """Wraps the enclosing ``SpatialTransformer``'s forward to learn the spatial shape."""
@@ -108,8 +124,10 @@ class AttentionPatch:
                 return host(x, *args, **kwargs)
             self.applied = True
             if self.capture is not None:
-                own = x[list(self.capture.rows)]
-                self.capture.received = attention_received(self.attention, own, self.key_value_inputs)
+                self.capture.received = torch.cat([
+                    attention_received(self.attention, x[row : row + 1], self.key_value_inputs)
+                    for row in self.capture.rows
+                ])
             kept = self.rows - self.identity_rows
             if kept == self.rows:
                 return host(x, *args, **kwargs)

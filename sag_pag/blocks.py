@@ -16,17 +16,22 @@ from torch import nn
 
 Part = Literal["input", "middle", "output"]
 
-_NUMBERS = r"(?P<first>\d+)(?:\s*-\s*(?:[a-z_]+\.?)?(?P<last>\d+))?"
-_TRANSFORMERS = r"(?:\.(?P<k_first>\d+)(?:\s*-\s*(?P<k_last>\d+))?)?"
+_NUMBER = r"\d{1,4}"
+_TRANSFORMERS = rf"(?:\.(?P<k_first>{_NUMBER})(?:\s*-\s*(?P<k_last>{_NUMBER}))?)?"
 _MIDDLE = re.compile(
     rf"(?:middle|mid)(?:_block)?(?:\.(?:block_0|attentions[._]0))?(?:\.transformer_blocks)?{_TRANSFORMERS}"
 )
-_LDM = re.compile(rf"(?P<part>input|output)(?:_blocks)?\.{_NUMBERS}{_TRANSFORMERS}")
-_DIFFUSERS = re.compile(
-    r"(?P<part>down|up)(?:_blocks)?\.(?:block_)?(?P<stage>\d+)"
-    rf"(?:\.attentions[._](?P<position>\d+)(?:\.transformer_blocks{_TRANSFORMERS})?)?"
+_LDM = re.compile(
+    rf"(?P<part>input|output)(?:_blocks)?\.(?P<first>{_NUMBER})"
+    rf"(?:\s*-\s*(?:(?P=part)(?:_blocks)?\.)?(?P<last>{_NUMBER}))?{_TRANSFORMERS}"
 )
-_SHORT = re.compile(rf"(?P<part>[dmu]){_NUMBERS}{_TRANSFORMERS}")
+_DIFFUSERS = re.compile(
+    rf"(?P<part>down|up)(?:_blocks)?\.(?:block_)?(?P<stage>{_NUMBER})"
+    rf"(?:\.attentions[._](?P<position>{_NUMBER})(?:\.transformer_blocks{_TRANSFORMERS})?)?"
+)
+_SHORT = re.compile(
+    rf"(?P<part>[dmu])(?P<first>{_NUMBER})(?:\s*-\s*(?P=part)?(?P<last>{_NUMBER}))?{_TRANSFORMERS}"
+)
 _PARTS: dict[str, Part] = {
     "input": "input", "down": "input", "d": "input", "m": "middle", "output": "output", "up": "output", "u": "output",
 }

@@ -183,6 +183,7 @@ def _applied(branch: Branch, patches: Patches, *, prefix: MakePrefixForward | No
             stack.enter_context(forward_replaced(patch.attention, patch.wrap))
             if patch.capture is not None and branch.read is not None:
                 stack.enter_context(forward_replaced(branch.read.transformer, patch.capture.watch_transformer))
+                stack.enter_context(forward_replaced(branch.topology.unet, patch.capture.watch_unet))
         if prefix is not None:
             for module in prefix_modules(branch.topology, branch.perturbed[0]):
                 stack.enter_context(forward_replaced(module, partial(prefix, module)))

@@ -35,8 +35,8 @@ def attention_mask(
 
 def gaussian_kernel(sigma: float, *, radius: int, like: Tensor) -> Tensor:
     """Gaussian of standard deviation ``sigma`` at the ``2 * radius + 1`` integers around 0, with sum 1."""
-    positions = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)
-    return torch.softmax(-0.5 * (positions / sigma) ** 2, dim=0)
+    positions = torch.arange(-radius, radius + 1, dtype=torch.float64)  # not on the device: some have no float64
+    return torch.softmax(-0.5 * (positions / sigma) ** 2, dim=0).to(like)
 
 
 def blur(x: Tensor, *, sigma: float, radius: int | None = None) -> Tensor:
@@ -71,7 +71,7 @@ def image_std(x: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """
     if weight is None:
         return x.std(dim=(1, 2, 3), keepdim=True)
-    w = weight.expand_as(x)
+    w = working_precision(weight).expand_as(x)
     total = w.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
     mean = (x * w).sum(dim=(1, 2, 3), keepdim=True) / total
     return ((x - mean) ** 2 * w).sum(dim=(1, 2, 3), keepdim=True).div(total).sqrt()
@@ -88,6 +88,10 @@ def fuse_by_saliency(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(saliency(first) >= saliency(second), first, second)
 
 
+def _unprotected(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else torch.where(weight > 0, x, 0.0)
+
+
 def add_guidance(
     combined: Tensor, delta: Tensor, *, cond: Tensor, uncond: Tensor | None, rescale: float = 0.0,
     mode: str = "full", weight: Tensor | None = None,
@@ -98,14 +102,15 @@ def add_guidance(
     ``std(cond) / std(combined + delta)`` in mode ``full`` and ``std(cond) / std(cond + delta)`` in mode ``partial``,
     for each image. Mode ``snf`` mixes in, by ``rescale``, the fusion of CFG's own change ``combined - uncond`` with
     ``delta`` (where there is no unconditional prediction, nothing is fused). ``weight`` as for ``image_std``; what it
-    protects stays as it is, bit for bit.
+    protects stays as it is, bit for bit, and takes no part in the fusion.
     """
     dtype = combined.dtype
     host, cond, change = working_precision(combined), working_precision(cond), working_precision(delta)
     if rescale and mode == "snf":
         if uncond is not None:
             base = working_precision(uncond)
-            change = torch.lerp(change, base + fuse_by_saliency(host - base, change) - host, rescale)
+            fused = fuse_by_saliency(_unprotected(host - base, weight), _unprotected(change, weight))
+            change = torch.lerp(change, base + fused - host, rescale)
     elif rescale:
         guided = (host if mode == "full" else cond) + change
         factor = image_std(cond, weight=weight) / image_std(guided, weight=weight).clamp_min(1e-12)

@@ -81,7 +81,7 @@ class StepPlan:
 
 
 def check_blocks(settings: Settings, topology: Topology | None) -> None:
-    """Raises ``SettingError`` if a feature that is on names blocks that ``topology`` does not have.
+    """Raises ``SettingError`` if a feature that is on names no block, or blocks that ``topology`` does not have.
 
     Without a topology only the form of the names is checked.
     """
@@ -89,6 +89,9 @@ def check_blocks(settings: Settings, topology: Topology | None) -> None:
         if not getattr(settings, f"{PARAMETERS[name].feature}_enabled"):
             continue
         text = getattr(settings, name)
+        allowed = topology.describe() if topology is not None else PARAMETERS[name].allowed
+        if not text.strip(", "):
+            raise SettingError(name, text, allowed)
         try:
             check_names(text)
             sites = topology.resolve(text) if topology is not None else ()
@@ -207,7 +210,7 @@ class GuidedStep:
         self.seen += count
         cond_rows = range(max(0, min(len(self.layout.conds) - first, count)))
         role, read_rows = self._rows_to_read(first, count)
-        capture = MapCapture(read_rows) if self.plan.sag_scale and read_rows else None
+        capture = MapCapture(read_rows, _size(x)) if self.plan.sag_scale and read_rows else None
         out, perturbed = denoise_with_branch(self.denoise, x, sigma, cond=cond, branch=Branch(
             topology=self.topology, key_value_inputs=self.key_value_inputs,
             perturbed_rows=cond_rows if self.plan.pag_scale else range(0), perturbed=self.plan.perturbed,

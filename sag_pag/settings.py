@@ -44,6 +44,12 @@ class Parameter:
     maximum: float = 1.0
     step: float = 0.01
     choices: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """The switches without which the parameter does nothing."""
+        return self.needs if self.feature == "both" else (f"{self.feature}_enabled",)
 
     @property
     def allowed(self) -> str:
@@ -153,10 +159,10 @@ class Settings:
         "SAG/PAG hires own scales")
     hires_sag_scale: float = _parameter(
         0.75, "both", "SAG scale in the hires pass", "Used if other scales are chosen for the hires pass.",
-        "SAG hires scale", maximum=5.0)
+        "SAG hires scale", maximum=5.0, needs=("sag_enabled", "hires_own_scales"))
     hires_pag_scale: float = _parameter(
         3.0, "both", "PAG scale in the hires pass", "Used if other scales are chosen for the hires pass.",
-        "PAG hires scale", maximum=20.0, step=0.05)
+        "PAG hires scale", maximum=20.0, step=0.05, needs=("pag_enabled", "hires_own_scales"))
 
     def __post_init__(self) -> None:
         for parameter in PARAMETERS.values():
@@ -188,7 +194,8 @@ class Settings:
     def from_dict(cls, values: Mapping[Any, object]) -> Settings:
         """Settings from named values, missing ones taking defaults. Raises ``SettingError``.
 
-        To name any parameter of SAG or of PAG switches that feature on, unless its ``…_enabled`` says otherwise.
+        To name a parameter switches on what it needs to do anything (its feature, "other scales in the hires pass"),
+        unless that is named as well.
         """
         for name in values:
             if name not in PARAMETERS:
@@ -223,9 +230,8 @@ class Settings:
 
 
 def implied_switches(names: Iterable[str]) -> dict[str, object]:
-    """The ``…_enabled`` values that naming these parameters implies."""
-    features = {PARAMETERS[name].feature for name in names}
-    return {f"{feature}_enabled": True for feature in FEATURES if feature in features}
+    """The switches that naming these parameters turns on."""
+    return {switch: True for name in names for switch in PARAMETERS[name].switches if switch != name}
 
 
 PARAMETERS: dict[str, Parameter] = {

@@ -21,10 +21,7 @@ fi
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -q --ignore=tests/oracles/test_diffusers.py --ignore=tests/webui --ignore=tests/demo \
-  --ignore=tests/unit --ignore=tests/contract
-# These hold findings that are not mended yet: their failures are shown and do not decide. To be made to decide.
-.venv/bin/python -m pytest -q --tb=line tests/unit tests/contract || echo "unit and contract tests: findings open, see above"
+.venv/bin/python -m pytest -q --ignore=tests/oracles/test_diffusers.py --ignore=tests/webui --ignore=tests/demo
 .venv/bin/python -m pytest -q tests/demo/test_unet.py  # the rest of the demo is not finished
 if [ -n "${WEBUI_DIR:-}" ]; then
   .venv/bin/python -m pytest -q tests/webui

@@ -194,7 +194,7 @@ def capture_peak(*, tokens: int, dtype: torch.dtype, rows: int, fake: bool) -> f
     with torch.no_grad(), default_dtype(dtype), FakeTensorMode() if fake else nullcontext():
         attention = CrossAttention(640, heads=10, dim_head=64)
         x = torch.randn(rows, tokens, 640)
-        capture = MapCapture([rows - 1])
+        capture = MapCapture([rows - 1], (1, tokens))
         forward = AttentionPatch(attention, rows, 0, unchanged_inputs, capture).wrap(lambda x: x)
         with LiveBytes() as counter:
             counter.know(x, *attention.parameters())

@@ -27,6 +27,10 @@ NOTE = "SAG/PAG note"
 """Infotext field that says why a picture is not guided though a feature was on."""
 
 
+_WAITING = "sag_pag_waiting"
+"""Attribute of a processing object whose ``sample`` has been stood in for and not been called yet."""
+
+
 class RefusedError(ValueError):
     """A generation refused for a setting; the API answers with this status code and detail."""
 
@@ -46,6 +50,7 @@ class GuidedRun:
         self._step: GuidedStep | None = None
         self._denoiser: Any = None
         self._patch = ExitStack()
+        self._standing: Forward | None = None
         self._error: Exception | None = None
 
     def check(self) -> bool:
@@ -62,9 +67,6 @@ class GuidedRun:
                 self.p.extra_generation_params.pop(key, None)
             self.note(f"not applied, {error}")
             return False
-        for feature, chosen in (("sag", self.settings.sag_block), ("pag", self.settings.pag_blocks)):
-            if getattr(self.settings, f"{feature}_enabled") and not chosen:
-                self.note(f"{feature.upper()} not applied, no block is chosen")
         return True
 
     def note(self, text: str) -> None:
@@ -81,13 +83,20 @@ class GuidedRun:
 
     def _stand_in(self, denoise: Forward) -> Forward:
         def forward(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
+            if self._standing is not forward:  # another extension has kept it beyond its step
+                return denoise(x, sigma, **kwargs)
             if self._error is not None:
                 raise self._error
             if self._step is None:
                 self._step = self._make_step(denoise, sigma)
             return denoise(x, sigma, **kwargs) if self._step is None else self._step(x, sigma, **kwargs)
 
+        self._standing = forward
+        self._patch.callback(self._stand_down)
         return forward
+
+    def _stand_down(self) -> None:
+        self._standing = None
 
     def _make_step(self, denoise: Forward, sigma: Tensor) -> GuidedStep | None:
         """This step's guidance. Resolved against the live model: a refiner may have taken over."""
@@ -155,21 +164,33 @@ class GuidedSample:
         self.settings: Settings | SettingError | None = settings
         self.had_own = "sample" in vars(p)
         self.original = p.sample
+        p.sample = self
+        setattr(p, _WAITING, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         settings, self.settings = self.settings, None
-        self.remove()
+        self._remove(self.p)
         if isinstance(settings, SettingError):
             raise RefusedError(settings)
         sample = partial(self.original, *args, **kwargs)
         return sample() if settings is None else self.callbacks.sample(GuidedRun(self.p, settings), sample)
 
-    def remove(self) -> None:
+    @classmethod
+    def withdraw(cls, p: Any) -> None:
+        """Takes off what waits on ``p``: a batch that was aborted, or one that ``p`` was copied from."""
+        waiting = vars(p).get(_WAITING)
+        if waiting is not None:
+            if waiting.p is p:
+                waiting.settings = None
+            waiting._remove(p)
+
+    def _remove(self, p: Any) -> None:
         """Gives ``p.sample`` back, unless another extension has wrapped this one by now; then it only passes on."""
-        if vars(self.p).get("sample") is self:
-            del self.p.sample
+        vars(p).pop(_WAITING, None)
+        if vars(p).get("sample") is self:
+            del p.sample
             if self.had_own:
-                self.p.sample = self.original
+                p.sample = self.original
 
 
 class Callbacks:
@@ -181,11 +202,9 @@ class Callbacks:
 
     def prepare(self, p: Any, settings: Settings | SettingError | None) -> None:
         """Makes the next ``p.sample`` guided by ``settings`` or refused for them; ``None``: neither."""
-        standing = vars(p).get("sample")
-        if isinstance(standing, GuidedSample):
-            standing.remove()
+        GuidedSample.withdraw(p)
         if settings is not None:
-            p.sample = GuidedSample(self, p, settings)
+            GuidedSample(self, p, settings)
 
     def sample(self, run: GuidedRun, sample: Callable[[], Any]) -> Any:
         """Runs ``sample`` with guidance. Raises whatever it raises, and what a callback failed with."""

@@ -68,9 +68,9 @@ def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
 
 
 def register() -> None:
-    """Registers all callbacks. The WebUI forgets them on every "Reload UI" and runs the script file again."""
+    """Registers all callbacks and axes. The WebUI forgets them on every "Reload UI" and runs the script file again."""
     script_callbacks.on_cfg_denoiser(CALLBACKS.on_cfg_denoiser)
     script_callbacks.on_cfg_denoised(CALLBACKS.on_cfg_denoised)
     script_callbacks.on_cfg_after_cfg(CALLBACKS.on_cfg_after_cfg)
     script_callbacks.on_infotext_pasted(on_infotext_pasted)
-    script_callbacks.on_before_ui(xyz.register_axes)
+    xyz.register_axes()

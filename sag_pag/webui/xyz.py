@@ -7,11 +7,15 @@ from typing import Any
 
 from modules import scripts
 
+from sag_pag.blocks import Topology
 from sag_pag.session import check_blocks
-from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, implied_switches
+from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_switches
 from sag_pag.webui import host
 from sag_pag.webui.panel import TITLE
 from sag_pag.webui.runs import RefusedError
+
+_PLOTTED = "sag_pag_plotted"
+"""Attribute of a cell's processing object: the parameters that its axes have set so far."""
 
 _GROUPS = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
 
@@ -43,35 +47,49 @@ def _axis(module: Any, parameter: Parameter) -> Any:
 
 def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
     """Refuses a bad value, in a cell or in the script's other arguments, before the first picture is made."""
-    try:
-        topology = host.loaded_topology()
-    except host.UnguidableModelError:
-        topology = None
     script = _script(p)
     try:
         settings = Settings.from_list(p.script_args[script.args_from : script.args_to])
         for cell in cells:
-            check_blocks(_changed(settings, parameter, cell), topology)
+            value = _value(parameter, cell)
+            changed = settings.with_values({**implied_switches([parameter.name]), parameter.name: value})
+            changed.check_order()
+            check_blocks(changed, _topology(p))
     except SettingError as error:
         raise RefusedError(error) from error
+
+
+def _topology(p: Any) -> Topology | None:
+    """The U-Net that the plot's pictures will be made with, if it is loaded already and can be guided."""
+    if "sd_model_checkpoint" in p.override_settings:
+        return None
+    try:
+        return host.loaded_topology()
+    except host.UnguidableModelError:
+        return None
 
 
 def _script(p: Any) -> Any:
     return next(script for script in p.scripts.alwayson_scripts if script.title() == TITLE)
 
 
-def _changed(settings: Settings, parameter: Parameter, cell: Any) -> Settings:
-    """``settings`` with the parameter set to the cell's value and its feature switched on."""
-    value = parameter.parse(cell) if isinstance(cell, str) else parameter.check(cell)
-    return settings.with_values({**implied_switches([parameter.name]), parameter.name: value})
+def _value(parameter: Parameter, cell: Any) -> Value:
+    """The value that a cell stands for. The plot computes the numbers of a range: 1.0000000000000002 is 1."""
+    return parameter.parse(cell) if isinstance(cell, str) else parameter.check(round(cell, 9))
 
 
 def _apply(parameter: Parameter, p: Any, cell: Any, _cells: list[Any]) -> None:
-    """Sets the parameter, and switches its feature on, in the arguments of this cell's generation."""
+    """Sets the parameter, and switches on what it needs, in the arguments of this cell's generation.
+
+    A switch that has an axis of its own is left to that axis, whichever of the two the plot applies first.
+    """
     script = _script(p)
     before, own, after = (
         p.script_args[: script.args_from], p.script_args[script.args_from : script.args_to],
         p.script_args[script.args_to :],
     )
-    changed = _changed(Settings.from_list(own), parameter, cell)
+    plotted: tuple[str, ...] = getattr(p, _PLOTTED, ())
+    implied = {switch: on for switch, on in implied_switches([parameter.name]).items() if switch not in plotted}
+    setattr(p, _PLOTTED, (*plotted, parameter.name))
+    changed = Settings.from_list(own).with_values({**implied, parameter.name: _value(parameter, cell)})
     p.script_args = type(p.script_args)((*before, *changed.values(), *after))

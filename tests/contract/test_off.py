@@ -15,7 +15,7 @@ NOTHING_TO_DO: dict[str, dict[str, Any]] = {
     "off with values": {**OFF, "sag_scale": 2, "pag_blocks": "input.1", "rescale": 1},
     "off with blocks that are not there": {**OFF, "pag_blocks": "output.77"},
     "off and backwards": {**OFF, "sag_start": 0.9, "sag_end": 0.2},
-    "only what both share": {"rescale": 0.5, "hires_own_scales": True, "hires_sag_scale": 1},
+    "only what both share": {"rescale": 0.5, "hires_own_scales": True},
     "scales 0": {"sag_scale": 0, "pag_scale": 0.0, "rescale": 1.0},
     "SAG scale 0": {"sag_scale": 0},
     "PAG scale 0": {"pag_scale": 0},

@@ -75,7 +75,7 @@ def test_reloading_the_ui_does_not_double_anything(host: Host) -> None:
         host.script_callbacks.run("before_ui")
         host.txt2img = host.scripts.ScriptRunner()
     assert {kind: len(registered) for kind, registered in host.script_callbacks.callbacks.items()} == counts
-    assert set(counts.values()) == {1}
+    assert max(counts.values()) == 1
     assert torch.equal(host.generate({"sag_scale": 1, "pag_scale": 3})[0], expected[0])
     assert [d.script_class.__name__ for d in host.scripts.scripts_data].count("GuidanceScript") == 1
 

@@ -78,7 +78,7 @@ def test_a_copy_after_an_aborted_batch(host: Host, then: dict[str, Any]) -> None
     assert torch.equal(run(host, p)[0], host.generate(PAG)[0])
 
 
-@pytest.mark.parametrize("settings", [None, {}, {"sag_scale": 1}], ids=["no scripts", "off", "guided"])
+@pytest.mark.parametrize("settings", [{}, {"sag_scale": 1}], ids=["off", "guided"])
 def test_a_copy_made_and_run_by_another_script_before_sampling(host: Host, settings: Any) -> None:
     """Another extension makes a picture of its own from a copy when its turn comes, after ours."""
     results: list[Tensor] = []
@@ -88,7 +88,7 @@ def test_a_copy_made_and_run_by_another_script_before_sampling(host: Host, setti
             return
         other = copy(p)
         other.seed, other.extra_generation_params = 5, {}
-        other.scripts, other.script_args = (None, ()) if settings is None else (host.txt2img, arguments(host, settings))
+        other.script_args = arguments(host, settings)
         results.extend(run(host, other))
 
     add_script(host, process_batch)

@@ -51,7 +51,8 @@ def test_range_and_fade(host: Host, sampler: str, start: float, end: float, fade
         ({}, (1.0, 3.0), (1.0, 3.0)),
         ({"hires_pass": "first pass"}, (1.0, 3.0), (0.0, 0.0)),
         ({"hires_pass": "hires pass"}, (0.0, 0.0), (1.0, 3.0)),
-        ({"hires_sag_scale": 0.5, "hires_pag_scale": 1}, (1.0, 3.0), (1.0, 3.0)),  # not asked for
+        ({"hires_own_scales": False, "hires_sag_scale": 0.5, "hires_pag_scale": 1}, (1.0, 3.0), (1.0, 3.0)),
+        ({"hires_sag_scale": 0.5, "hires_pag_scale": 1}, (1.0, 3.0), (0.5, 1.0)),  # to name them is to ask for them
         ({"hires_own_scales": True, "hires_sag_scale": 0.5, "hires_pag_scale": 1}, (1.0, 3.0), (0.5, 1.0)),
         ({"hires_own_scales": True, "hires_pag_scale": 0, "hires_sag_scale": 2}, (1.0, 3.0), (2.0, 0.0)),
         ({"hires_own_scales": True, "hires_pass": "first pass", "hires_pag_scale": 9}, (1.0, 3.0), (0.0, 0.0)),

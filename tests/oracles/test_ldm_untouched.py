@@ -61,7 +61,8 @@ def denoise(host: Host, case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
     cond = webui_cond(torch.cat([inputs.conds, inputs.unconds]))
     out, worse = denoise_with_branch(host, x, levels, cond=cond, branch=Branch(
         topology, lambda tokens: (tokens, tokens), perturbed_rows=range(2 if case.perturb else 0),
-        perturbed=topology.resolve(", ".join(case.perturb)), capture=MapCapture([2, 3]) if case.read else None,
+        perturbed=topology.resolve(", ".join(case.perturb)),
+        capture=MapCapture([2, 3], (x.shape[2], x.shape[3])) if case.read else None,
         read=topology.resolve(case.read)[0] if case.read else None, own_call=case.own_call,
     ))
     return host(x, levels, cond=cond), out, worse

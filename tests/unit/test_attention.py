@@ -92,7 +92,7 @@ def test_the_patch_perturbs_the_last_rows(identity_rows: int) -> None:
 
 def test_the_patch_leaves_other_calls_alone() -> None:
     module = layer()
-    patch = AttentionPatch(module, 4, 2, unchanged_inputs, MapCapture([0]))
+    patch = AttentionPatch(module, 4, 2, unchanged_inputs, MapCapture([0], (1, 3)))
     x = tokens(3, 5)
     assert torch.equal(patch.wrap(module.forward)(x), module(x))
     assert not patch.applied
@@ -102,7 +102,7 @@ def test_the_patch_leaves_other_calls_alone() -> None:
 
 def test_capture_reads_its_rows_in_their_order() -> None:
     module, x = layer(), tokens(4, 6)
-    capture = MapCapture([3, 1])
+    capture = MapCapture([3, 1], (2, 3))
     patch = AttentionPatch(module, 4, 1, unchanged_inputs, capture)
     patch.wrap(module.forward)(x)
     assert capture.received is not None

@@ -97,7 +97,7 @@ def test_reading_a_map_on_the_way(unet: nn.Module, read: str, perturb: str, own_
     topology, denoise = Topology(unet), Denoise(unet)
     x, sigma, cond = inputs()
     site, = topology.resolve(read)
-    captures = [MapCapture([3, 2]), MapCapture([3, 2])]
+    captures = [MapCapture([3, 2], (8, 6)), MapCapture([3, 2], (8, 6))]
     for capture, text in zip(captures, ["", perturb], strict=True):
         sites = topology.resolve(text)
         denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
@@ -123,7 +123,7 @@ def test_nothing_is_left_when_the_model_raises(unet: nn.Module, text: str, own_c
 
     branch = Branch(
         topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve(text), own_call=own_call,
-        capture=MapCapture([3]), read=topology.resolve("output.0.0")[0],
+        capture=MapCapture([3], (8, 6)), read=topology.resolve("output.0.0")[0],
     )
     handle = unet.get_submodule("output_blocks.3").register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):

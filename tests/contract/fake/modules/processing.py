@@ -40,6 +40,7 @@ class Processing:
     nmask: Tensor | None = None
     init_latent: Tensor | None = None
     enable_hr: bool = False
+    override_settings: dict[str, Any] = field(default_factory=dict)
     callback: Callable[[int], None] = lambda step: None
     extra_generation_params: dict[str, Any] = field(default_factory=dict)
     is_hr_pass: bool = field(default=False, init=False)
