@@ -1,0 +1,149 @@
+"""What guidance costs, counted from the shapes of the U-Net's layers: nothing is run.
+
+Operations are floating-point operations of matrix products, convolutions and attention, a multiply-add being two, as
+``torch.utils.flop_counter`` counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sag_pag.blocks import AttentionSite, Topology
+from sag_pag.branch import prefix_modules
+from sag_pag.session import StepPlan, plan_step
+from sag_pag.settings import Settings
+
+TOKENS = 77
+"""Of a prompt that fits one chunk."""
+
+Size = tuple[int, int]
+
+
+class UNetCost:
+    """Operations of one row of a U-Net call for latents of ``latent_size`` (height, width).
+
+    ``map_sizes`` is the height and width of each attention's feature map.
+    """
+
+    def __init__(self, topology: Topology, latent_size: Size, *, context_tokens: int = TOKENS) -> None:
+        self.topology = topology
+        self.context_tokens = context_tokens
+        self.map_sizes: dict[AttentionSite, Size] = {}
+        self._operations: dict[nn.Module, int] = {}
+        self._transformers = {site.transformer for site in topology.sites}
+        self._blocks(latent_size)
+        embedding = [topology.unet.get_submodule("time_embed"), getattr(topology.unet, "label_emb", None)]
+        rest = sum(_linear(layer, 1) for layer in embedding if layer is not None)
+        rest += _convolutions(topology.unet.get_submodule("out"), latent_size)
+        self.row = rest + sum(self._operations[block] for block in topology.blocks)
+        """A whole row."""
+
+    def _blocks(self, size: Size) -> None:
+        blocks, skips = self.topology.blocks, list[Size]()
+        inputs = (len(blocks) - 1) // 2
+        for index, block in enumerate(blocks):
+            if index > inputs:
+                size = skips.pop()  # the host resizes what comes from below to the skip connection's size
+            total = 0
+            for layer in block.children():
+                size = _resized(layer, size)
+                self._operations[layer] = self._layer(layer, size)
+                total += self._operations[layer]
+            self._operations[block] = total
+            if index < inputs:
+                skips.append(size)
+
+    def _layer(self, layer: nn.Module, size: Size) -> int:
+        tokens = size[0] * size[1]
+        operations = _convolutions(layer, size)
+        if not hasattr(layer, "transformer_blocks"):
+            return operations + _linear(layer, 1)  # the only ones are those of the time embedding
+        for site in self.topology.sites:
+            if site.transformer is layer:
+                self.map_sizes[site] = size
+        blocks = layer.get_submodule("transformer_blocks")
+        for block in blocks.children():
+            self._operations[block] = self._transformer_block(block, tokens)
+            operations += self._operations[block]
+        return operations + _linear(layer, tokens) - _linear(blocks, tokens)
+
+    def _transformer_block(self, block: nn.Module, tokens: int) -> int:
+        operations = _linear(block, tokens)
+        for name in ("attn1", "attn2"):
+            attention = block.get_submodule(name)
+            crossed = name == "attn2" or getattr(block, "disable_self_attn", False)
+            seen = self.context_tokens if crossed else tokens
+            for projection in ("to_k", "to_v"):
+                layer = attention.get_submodule(projection)
+                operations += _linear(layer, seen) - _linear(layer, tokens)
+            operations += 2 * _map(attention, tokens, seen)
+        return operations
+
+    def perturbed_row(self, perturbed: tuple[AttentionSite, ...]) -> int:
+        """An extra row with identity attention at these sites: what it shares with its original is not in it."""
+        shared = sum(self._operations[module] for module in prefix_modules(self.topology, perturbed[0]))
+        left_out = sum(self._map_inputs(site) + 2 * self._map_of(site) for site in perturbed)
+        return self.row - shared - left_out
+
+    def reading(self, site: AttentionSite) -> int:
+        """Reading one row's attention map beside the host's own attention."""
+        return self._map_inputs(site) + self._map_of(site)
+
+    def _map_inputs(self, site: AttentionSite) -> int:
+        tokens = self.map_sizes[site][0] * self.map_sizes[site][1]
+        return sum(_linear(site.attention.get_submodule(name), tokens) for name in ("to_q", "to_k"))
+
+    def _map_of(self, site: AttentionSite) -> int:
+        tokens = self.map_sizes[site][0] * self.map_sizes[site][1]
+        return _map(site.attention, tokens, tokens)
+
+    def step(self, plan: StepPlan | None, *, rows: int) -> float:
+        """A step's operations over those of the same step without guidance; ``rows`` a picture: 2 with CFG, else 1."""
+        extra = 0
+        if plan is not None and plan.pag_scale:
+            extra += self.perturbed_row(plan.perturbed)
+        if plan is not None and plan.sag_scale and plan.read is not None:
+            extra += self.row + self.reading(plan.read)
+        return 1 + extra / (rows * self.row)
+
+
+@dataclass(frozen=True)
+class PictureCost:
+    """Operations over those without guidance: of the dearest step, and of all steps together."""
+
+    step: float
+    picture: float
+
+
+def picture_cost(settings: Settings, cost: UNetCost, *, steps: int, rows: int) -> PictureCost:
+    """What a picture of ``steps`` steps, evenly spread from noise to picture, costs. Without hires. fix."""
+    ratios = [
+        cost.step(plan_step(settings, cost.topology, progress=step / max(steps - 1, 1)), rows=rows)
+        for step in range(max(steps, 1))
+    ]
+    return PictureCost(max(ratios), sum(ratios) / len(ratios))
+
+
+def _resized(layer: nn.Module, size: Size) -> Size:
+    name = type(layer).__name__
+    if name == "Downsample":
+        return (size[0] + 1) // 2, (size[1] + 1) // 2
+    return (2 * size[0], 2 * size[1]) if name == "Upsample" else size
+
+
+def _linear(module: nn.Module, tokens: int) -> int:
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(2 * layer.in_features * layer.out_features * tokens for layer in layers)
+
+
+def _convolutions(module: nn.Module, size: Size) -> int:
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return sum(2 * layer.weight.numel() * size[0] * size[1] for layer in layers)
+
+
+def _map(attention: nn.Module, queries: int, keys: int) -> int:
+    """The product of queries and keys; that of the map and the values is as much."""
+    channels = attention.get_submodule("to_q").out_features
+    return 2 * queries * keys * int(channels)  # type: ignore[arg-type]

@@ -1,0 +1,85 @@
+"""The cost that is worked out from shapes, against operations counted in a run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from sag_pag.benchmark.steps import Method, step_config, step_flops
+from sag_pag.blocks import Topology
+from sag_pag.cost import UNetCost, picture_cost
+from sag_pag.demo.unet import UNetModel
+from sag_pag.session import plan_step
+from sag_pag.settings import Settings
+
+CASES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "PAG": {"pag_enabled": True},
+    "PAG early": {"pag_enabled": True, "pag_blocks": "input.7"},
+    "PAG late": {"pag_enabled": True, "pag_blocks": "output.5"},
+    "PAG in many": {"pag_enabled": True, "pag_blocks": "input.8, middle, output.0, output.3"},
+    "SAG": {"sag_enabled": True},
+    "SAG elsewhere": {"sag_enabled": True, "sag_block": "output.4"},
+    "both": {"sag_enabled": True, "pag_enabled": True},
+    "both in one place": {"sag_enabled": True, "pag_enabled": True, "sag_block": "input.5", "pag_blocks": "input.5"},
+}
+
+
+@functools.cache
+def counted(layout: str, latent: int) -> dict[str, int]:
+    config, _ = step_config(layout, small=True)
+    methods = {name: Method(Settings(**values)) for name, values in valid(layout).items()}
+    return step_flops(config, methods, latent=latent)
+
+
+def valid(layout: str) -> dict[str, dict[str, Any]]:
+    """Output 5 is SDXL's last with attention, output 3 of SD its first."""
+    if layout != "sdxl":
+        return CASES
+    return {name: {**values, **({"pag_blocks": "middle.2-4, output.0.3"} if name == "PAG in many" else {})}
+            for name, values in CASES.items()}
+
+
+@functools.cache
+def cost_of(layout: str, latent: int) -> UNetCost:
+    config, _ = step_config(layout, small=True)
+    with torch.device("meta"):
+        return UNetCost(Topology(UNetModel(**config)), (latent, latent))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(("layout", "latent"), [("sd1", 32), ("sd2", 24), ("sdxl", 16)])
+def test_a_step_costs_what_is_counted(layout: str, latent: int, case: str) -> None:
+    cost, counts = cost_of(layout, latent), counted(layout, latent)
+    plan = plan_step(Settings(**valid(layout)[case]), cost.topology, progress=0.5)
+    assert 2 * cost.row == counts["nothing"]
+    blur = 2 * 2 * 9 * 4 * latent**2 if "sag_enabled" in CASES[case] else 0  # of nine taps, in two directions
+    assert cost.step(plan, rows=2) == pytest.approx((counts[case] - blur) / counts["nothing"], abs=1e-12)
+    assert (case == "nothing") == (plan is None)
+
+
+def test_sizes_that_do_not_halve_evenly() -> None:
+    config, _ = step_config("sd1", small=True)
+    with torch.device("meta"):
+        cost = UNetCost(Topology(UNetModel(**config)), (9, 14))
+    sizes = {site.block_name: size for site, size in cost.map_sizes.items()}
+    assert (sizes["input.1"], sizes["input.4"], sizes["middle"], sizes["output.3"], sizes["output.11"]) == (
+        (9, 14), (5, 7), (2, 2), (3, 4), (9, 14),
+    )
+
+
+def test_a_picture_costs_the_mean_of_its_steps() -> None:
+    cost = cost_of("sd1", 32)
+    everywhere = picture_cost(Settings(pag_enabled=True), cost, steps=20, rows=2)
+    step = cost.step(plan_step(Settings(pag_enabled=True), cost.topology, progress=0), rows=2)
+    assert everywhere.step == step == pytest.approx(everywhere.picture)
+    half = picture_cost(Settings(pag_enabled=True, pag_end=0.5), cost, steps=20, rows=2)
+    assert half.step == everywhere.step
+    assert half.picture - 1 == pytest.approx((half.step - 1) / 2)
+    nothing = picture_cost(Settings(), cost, steps=20, rows=2)
+    assert nothing.step == nothing.picture == 1
+    alone = picture_cost(Settings(pag_enabled=True), cost, steps=1, rows=1)
+    assert alone.picture - 1 == pytest.approx(2 * (everywhere.picture - 1))
