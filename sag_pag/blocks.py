@@ -166,12 +166,13 @@ class Topology:
         return [site for site, number in zip(sites, numbers, strict=True) if first <= number <= last]
 
 
-def check_names(text: str) -> None:
-    """Raises ``BlockNameError`` if an item of ``text`` can't be a block name of any U-Net."""
+def check_names(text: str) -> tuple[AttentionSite, ...]:
+    """Raises ``BlockNameError`` if an item of ``text`` can't be a block name of any U-Net; selects nothing."""
     for item in filter(None, (part.strip() for part in text.split(","))):
         if not any(pattern.fullmatch(item.lower()) for pattern in (_MIDDLE, _LDM, _DIFFUSERS, _SHORT)):
             allowed = "middle, input.N, output.N, a range such as output.3-5, or one transformer block such as middle.0"
             raise BlockNameError(item, allowed)
+    return ()
 
 
 def _select_depths(sites: list[AttentionSite], first: str | None, last: str | None) -> list[AttentionSite]:

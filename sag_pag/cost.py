@@ -117,12 +117,12 @@ class PictureCost:
     picture: float
 
 
-def picture_cost(settings: Settings, cost: UNetCost, *, steps: int, rows: int) -> PictureCost:
-    """What a picture of ``steps`` steps, evenly spread from noise to picture, costs. Without hires. fix."""
-    ratios = [
-        cost.step(plan_step(settings, cost.topology, progress=step / max(steps - 1, 1)), rows=rows)
-        for step in range(max(steps, 1))
-    ]
+def picture_cost(
+    settings: Settings, cost: UNetCost, *, steps: int, rows: int, begin: float = 0.0,
+) -> PictureCost:
+    """What a picture costs whose steps are evenly spread from ``begin`` (0 is noise) on. Without hires. fix."""
+    way = [begin + (1 - begin) * step / max(steps - 1, 1) for step in range(steps)]
+    ratios = [cost.step(plan_step(settings, cost.topology, progress=progress), rows=rows) for progress in way]
     return PictureCost(max(ratios), sum(ratios) / len(ratios))
 
 

@@ -93,10 +93,9 @@ def check_blocks(settings: Settings, topology: Topology | None) -> None:
         if not text.strip(", "):
             raise SettingError(name, text, allowed)
         try:
-            check_names(text)
-            sites = topology.resolve(text) if topology is not None else ()
+            sites = check_names(text) if topology is None else topology.resolve(text)
         except BlockNameError as error:
-            raise SettingError(name, text, error.allowed) from error
+            raise SettingError(name, error.unknown, error.allowed) from error
         if name == "sag_block" and ("," in text or len({site.block_name for site in sites}) > 1):
             raise SettingError(name, text, f"one block{f' of {topology.describe()}' if topology else ''}")
 

@@ -111,7 +111,7 @@ class Settings:
         False, "sag", "Self-Attention Guidance (SAG)",
         "Steers away from a version of the picture that is blurred where the model looks most: finer detail.", "SAG")
     sag_scale: float = _parameter(
-        0.75, "sag", "Scale", "How strongly to steer. 0.5 to 1 is usual; more turns crisp into harsh.", "SAG scale",
+        0.75, "sag", "SAG scale", "How strongly to steer. 0.5 to 1 is usual; more turns crisp into harsh.", "SAG scale",
         maximum=5.0)
     sag_threshold: float = _parameter(
         1.0, "sag", "Mask threshold",
@@ -124,23 +124,23 @@ class Settings:
         "middle", "sag", "Block to read", "The U-Net block whose self-attention shows where the model looks.",
         "SAG block", kind="blocks")
     sag_start: float = _parameter(
-        0.0, "sag", "Start", "From which part of the way from noise (0) to picture (1) on.", "SAG start")
+        0.0, "sag", "SAG start", "From which part of the way from noise (0) to picture (1) on.", "SAG start")
     sag_end: float = _parameter(
-        1.0, "sag", "End", "Up to which part of the way from noise (0) to picture (1).", "SAG end")
+        1.0, "sag", "SAG end", "Up to which part of the way from noise (0) to picture (1).", "SAG end")
     pag_enabled: bool = _parameter(
         False, "pag", "Perturbed-Attention Guidance (PAG)",
         "Steers away from a version of the picture made with its attention switched off: sounder structure.", "PAG")
     pag_scale: float = _parameter(
-        3.0, "pag", "Scale", "How strongly to steer. 2 to 4 is usual with a prompt, 5 without CFG.", "PAG scale",
+        3.0, "pag", "PAG scale", "How strongly to steer. 2 to 4 is usual with a prompt, 5 without CFG.", "PAG scale",
         maximum=20.0, step=0.05)
     pag_blocks: str = _parameter(
         "middle", "pag", "Blocks to perturb",
         "U-Net blocks, separated by commas: middle, input.4, output.3-5, middle.0 for one transformer block.",
         "PAG blocks", kind="blocks")
     pag_start: float = _parameter(
-        0.0, "pag", "Start", "From which part of the way from noise (0) to picture (1) on.", "PAG start")
+        0.0, "pag", "PAG start", "From which part of the way from noise (0) to picture (1) on.", "PAG start")
     pag_end: float = _parameter(
-        1.0, "pag", "End", "Up to which part of the way from noise (0) to picture (1).", "PAG end")
+        1.0, "pag", "PAG end", "Up to which part of the way from noise (0) to picture (1).", "PAG end")
     pag_fade: bool = _parameter(
         False, "pag", "Fade to the end", "Lets the scale fall evenly from its full value at the start to 0 at the end.",
         "PAG fade")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modules import lowvram, sd_unet, shared
+from modules import lowvram, sd_models, sd_unet, shared
 from modules.hypernetworks import hypernetwork
 from torch import Tensor
 
 from sag_pag.attention import KeyValueInputs, unchanged_inputs
 from sag_pag.blocks import Topology
 from sag_pag.session import HiresPass, RowLayout, SigmaSpace, Space, TimestepSpace
+from sag_pag.webui import texts
 
 
 class UnguidableModelError(Exception):
@@ -30,6 +31,16 @@ def loaded_topology() -> Topology:
     if not topology.sites:
         raise UnguidableModelError(f"{type(model).__name__} has no self-attention")
     return topology
+
+
+def model_in_memory() -> Topology | str:
+    """The loaded model's self-attentions, or why there are none. Never loads a model, so the panel may ask."""
+    if sd_models.model_data.sd_model is None:
+        return texts.NO_MODEL
+    try:
+        return loaded_topology()
+    except UnguidableModelError as error:
+        return str(error)
 
 
 def progress(denoiser: Any, sigma: Tensor) -> float:

@@ -58,16 +58,18 @@ class GuidedRun:
 
         Raises ``RefusedError`` for blocks that it does not have.
         """
+        topology = None
         try:
-            check_blocks(self.settings, host.loaded_topology())
-        except SettingError as error:
-            raise RefusedError(error) from error
+            topology = host.loaded_topology()
         except host.UnguidableModelError as error:
             for key in self.settings.infotext():
                 self.p.extra_generation_params.pop(key, None)
             self.note(f"not applied, {error}")
-            return False
-        return True
+        try:
+            check_blocks(self.settings, topology)
+        except SettingError as error:
+            raise RefusedError(error) from error
+        return topology is not None
 
     def note(self, text: str) -> None:
         """Says once, in the picture's metadata and in the log, what guidance did not do."""

@@ -6,10 +6,9 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
-from sag_pag.session import check_blocks
 from sag_pag.settings import PARAMETERS, SettingError, Settings, complete_infotext
-from sag_pag.webui import xyz
-from sag_pag.webui.panel import TITLE, build_panel
+from sag_pag.webui import host, texts, xyz
+from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.runs import NOTE, Callbacks
 
 try:
@@ -19,22 +18,46 @@ except ImportError:  # before WebUI 1.7
 
 CALLBACKS = Callbacks()
 
+_TXT2IMG = {"width": "width", "height": "height", "steps": "steps", "cfg_scale": "cfg_scale"}
+_AROUND = {"txt2img": _TXT2IMG, "img2img": {**_TXT2IMG, "denoising_strength": "denoising"}}
+"""For each tab, what the WebUI calls the controls of ``Surroundings``."""
+
 
 class GuidanceScript(scripts.Script):  # type: ignore[misc]
-    """Hands each generation's settings to the guidance. Holds no state."""
+    """Hands each generation's settings to the guidance. Holds the panel while the user interface is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._panel: Panel | None = None
+        self._around: dict[str, Any] = {}
 
     def title(self) -> str:
-        return TITLE
+        return texts.PANEL
 
     def show(self, is_img2img: bool) -> Any:
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        components = build_panel(self.elem_id, switch=InputAccordion)
+        panel = self._panel = Panel(self.elem_id, switch=InputAccordion, model=host.model_in_memory)
         keys = [parameter.infotext for parameter in PARAMETERS.values()]
-        self.infotext_fields = list(zip(components, keys, strict=True))
+        self.infotext_fields = list(zip(panel.controls, keys, strict=True))
         self.paste_field_names = keys
-        return components
+        self._connect()
+        return panel.controls
+
+    def after_component(self, component: Any, **kwargs: Any) -> None:
+        """Picks up the controls that the panel's costs depend on, whichever side is made first."""
+        tab = "img2img" if self.is_img2img else "txt2img"
+        name = str(kwargs.get("elem_id")).removeprefix(f"{tab}_")
+        if name in _AROUND[tab]:
+            self._around[name] = component
+            self._connect()
+
+    def _connect(self) -> None:
+        wanted = _AROUND["img2img" if self.is_img2img else "txt2img"]
+        if self._panel is not None and self._around.keys() == wanted.keys():
+            self._panel.connect(Surroundings(**{wanted[name]: found for name, found in self._around.items()}))
+            self._panel, self._around = None, {}
 
     def process(self, p: Any, *args: Any) -> None:
         """Writes the infotext; a picture's metadata says what was on."""
@@ -56,7 +79,6 @@ def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:
     try:
         settings = Settings.from_list(args)
         settings.check_order()
-        check_blocks(settings, None)
     except SettingError as error:
         return error
     return settings

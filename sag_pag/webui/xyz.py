@@ -10,8 +10,7 @@ from modules import scripts
 from sag_pag.blocks import Topology
 from sag_pag.session import check_blocks
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_switches
-from sag_pag.webui import host
-from sag_pag.webui.panel import TITLE
+from sag_pag.webui import host, texts
 from sag_pag.webui.runs import RefusedError
 
 _PLOTTED = "sag_pag_plotted"
@@ -22,8 +21,9 @@ _GROUPS = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
 
 def axis_label(parameter: Parameter) -> str:
     """The name in the axis dropdown, such as ``[PAG] Scale``."""
-    label = "Enable" if parameter.name.endswith("_enabled") else parameter.label
-    return f"[{_GROUPS[parameter.feature]}] {label}"
+    group = _GROUPS[parameter.feature]
+    label = "Enable" if parameter.name.endswith("_enabled") else parameter.label.removeprefix(f"{group} ")
+    return f"[{group}] {label[0].upper()}{label[1:]}"
 
 
 def register_axes() -> None:
@@ -70,7 +70,7 @@ def _topology(p: Any) -> Topology | None:
 
 
 def _script(p: Any) -> Any:
-    return next(script for script in p.scripts.alwayson_scripts if script.title() == TITLE)
+    return next(script for script in p.scripts.alwayson_scripts if script.title() == texts.PANEL)
 
 
 def _value(parameter: Parameter, cell: Any) -> Value:

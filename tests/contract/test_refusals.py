@@ -29,7 +29,7 @@ BAD: dict[str, tuple[list[Any], str, list[str]]] = {
     "no such SAG block": ([{"sag_block": "input.2"}], "sag_block", ["input.1, input.3, middle, output.0"]),
     "two SAG blocks": ([{"sag_block": "input.1, middle"}], "sag_block", ["one block"]),
     "a range of SAG blocks": ([{"sag_block": "output.0-1"}], "sag_block", ["one block"]),
-    "no block name": ([{"pag_blocks": "middle, centre"}], "pag_blocks", ["centre", "middle, input.N"]),
+    "no block name": ([{"pag_blocks": "middle, centre"}], "pag_blocks", ["'centre'", "input.1, input.3, middle"]),
     "endless number": ([{"pag_blocks": "input." + "1" * 5000}], "pag_blocks", ["input.1"]),
     "list for text": ([{"pag_blocks": ["middle"]}], "pag_blocks", ["block names as text"]),
     "in a list": ([False, 0.75, 1.0, 1.0, "middle", 0.0, 1.0, True, 99], "pag_scale", ["99", "from 0 to 20"]),

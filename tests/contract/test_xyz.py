@@ -33,7 +33,9 @@ def label(host: Host, name: str) -> str:
     """The label of a parameter's axis."""
     parameter = PARAMETERS[name]
     group = {"sag": "[SAG]", "pag": "[PAG]", "both": "[SAG/PAG]"}[parameter.feature]
-    text = "Enable" if name.endswith("_enabled") else parameter.label
+    same_name = {"sag_scale": "Scale", "pag_scale": "Scale"}
+    text = "Enable" if name.endswith("_enabled") else same_name.get(name, parameter.label)
+    text = {"start": "Start", "end": "End"}.get(name[4:], text)
     assert f"{group} {text}" in labels(host)
     return f"{group} {text}"
 

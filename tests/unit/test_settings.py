@@ -68,6 +68,12 @@ def test_definition_is_complete(parameter: Parameter) -> None:
         assert parameter.default in parameter.choices
 
 
+def test_labels_are_told_apart() -> None:
+    """The host keeps people's own defaults and ranges by label: two sliders of one label would share them."""
+    labels = [parameter.label for parameter in PARAMETERS.values()]
+    assert len(set(labels)) == len(labels)
+
+
 def test_infotext_keys_are_told_apart_and_can_be_read() -> None:
     keys = [parameter.infotext for parameter in PARAMETERS.values()]
     assert len(set(keys)) == len(keys)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import opened_page
 from client import Client
 from server import (
     REPOSITORY,
@@ -76,6 +78,26 @@ def plain_client(plain_webui: Server) -> Client:
     return plain_webui.client
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: not tried in a browser")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium: not tried in a browser")
+    with playwright.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any, webui: Server) -> Iterator[Any]:
+    """The WebUI's page."""
+    with opened_page(browser, webui.url) as opened:
+        yield opened
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """Say with every failure where the logs of the servers are."""
@@ -91,5 +113,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Make the skip visible without ``-rs``: these tests are the only ones that see the real host."""
     reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())
                if isinstance(report.longrepr, tuple)}  # fmt: skip
-    for reason in sorted(reason for reason in reasons if "WEBUI_DIR" in reason):
+    for reason in sorted(reason for reason in reasons if "WEBUI_DIR" in reason or "browser" in reason):
         terminalreporter.write_line(reason, yellow=True, bold=True)

@@ -2,57 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
+from browser import element, number, screenshot, ticked
 from client import Client
-from server import Server
 from test_generation import guided
-
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: the panel was not tried in a browser")
-
-SCRIPT = "selfattention__perturbedattention_guidance"
-
-
-@pytest.fixture(scope="module")
-def page(webui: Server) -> Iterator[Any]:
-    """The WebUI's page; screenshots go to the folder that SCREENSHOTS names."""
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1400, "height": 1600})
-        tab.goto(webui.url, wait_until="domcontentloaded")
-        tab.wait_for_selector("#txt2img_generate", timeout=120_000)
-        tab.wait_for_timeout(3000)
-        yield tab
-        browser.close()
-
-
-def screenshot(page: Any, name: str) -> None:
-    """Saves what is seen, for a person to look at."""
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def element(tab: str, name: str) -> str:
-    """The id of a control."""
-    return f"#script_{tab}_{SCRIPT}_{name}"
-
-
-def number(page: Any, tab: str, name: str) -> float:
-    """The value of a slider."""
-    return float(page.locator(f"{element(tab, name)} input[type=number]").input_value())
-
-
-def ticked(page: Any, tab: str, feature: str) -> bool:
-    """Whether a feature's checkbox is on."""
-    return bool(page.locator(f"{element(tab, feature + '_enabled')}-visible-checkbox").is_checked())
 
 
 def test_paste_and_send(page: Any, client: Client) -> None:

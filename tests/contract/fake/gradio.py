@@ -34,6 +34,10 @@ class Blocks(Block):
     pass
 
 
+class Button(Block):
+    pass
+
+
 class Checkbox(Block):
     pass
 

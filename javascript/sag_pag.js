@@ -1,0 +1,194 @@
+// The U-Net block map of the guidance panel, and what the closed panel says of itself.
+// The maps, costs and messages come from the server; the text fields hold the truth. Without this file the panel
+// works all the same: block names are typed.
+(function() {
+    "use strict";
+
+    const field = (map) => map.closest(".sag-pag-blocks").querySelector("textarea, input");
+    const cells = (map, selector) => Array.from(map.querySelectorAll(selector || "button.sag-pag-cell"));
+    const words = (text) => text.split(" ").filter(Boolean);
+
+    // Which sites are chosen is kept on the map; every button shows it for its own ones.
+    function show(map) {
+        const chosen = new Set(words(map.dataset.chosen));
+        for (const cell of cells(map)) {
+            const sites = words(cell.dataset.sites);
+            const count = sites.filter((site) => chosen.has(site)).length;
+            cell.setAttribute("aria-pressed", count === 0 ? "false" : count === sites.length ? "true" : "mixed");
+        }
+        if (!map.querySelector("button[tabindex='0']")) {
+            const first = map.querySelector(".sag-pag-u button[aria-pressed='true']") || map.querySelector("button");
+            if (first) first.tabIndex = 0;
+        }
+    }
+
+    // The shortest text for the chosen sites, in the U-Net's order.
+    function namesOf(map, chosen) {
+        const names = [];
+        for (const block of cells(map, ".sag-pag-u button")) {
+            const sites = words(block.dataset.sites);
+            const own = sites.filter((site) => chosen.has(site));
+            if (own.length === sites.length) names.push(block.dataset.name);
+            else names.push(...own);
+        }
+        return names.join(", ");
+    }
+
+    function write(map, chosen) {
+        map.dataset.chosen = Array.from(chosen).join(" ");
+        show(map);
+        const input = field(map);
+        input.value = namesOf(map, chosen);
+        input.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+
+    // The cells from the one chosen before to this one, in the order of the map.
+    function range(map, cell) {
+        const row = cells(cell.parentElement);
+        const anchor = row.find((other) => other.dataset.name === map.dataset.anchor);
+        if (!anchor) return [cell];
+        const [first, last] = [row.indexOf(anchor), row.indexOf(cell)].sort((a, b) => a - b);
+        return row.slice(first, last + 1);
+    }
+
+    function choose(cell, extend) {
+        const map = cell.closest(".sag-pag-map");
+        const chosen = new Set(words(map.dataset.chosen));
+        if (map.dataset.choose === "one") {
+            write(map, new Set(words(cell.dataset.sites)));
+        } else if (extend) {
+            for (const other of range(map, cell)) words(other.dataset.sites).forEach((site) => chosen.add(site));
+            write(map, chosen);
+        } else {
+            const remove = cell.getAttribute("aria-pressed") === "true";
+            for (const site of words(cell.dataset.sites)) remove ? chosen.delete(site) : chosen.add(site);
+            write(map, chosen);
+        }
+        if (!extend) map.dataset.anchor = cell.dataset.name;
+    }
+
+    // Says what the cell is, and opens its block's transformer blocks.
+    function describe(cell) {
+        const map = cell.closest(".sag-pag-map");
+        const about = map.querySelector(".sag-pag-about");
+        about.querySelector(".sag-pag-hint").hidden = true;
+        about.querySelector(".sag-pag-block").hidden = false;
+        for (const place of about.querySelectorAll("[data-field]")) {
+            place.textContent = cell.dataset[place.dataset.field];
+        }
+        if (!cell.closest(".sag-pag-depths")) {
+            for (const depths of map.querySelectorAll(".sag-pag-depths")) {
+                depths.hidden = depths.dataset.block !== cell.dataset.name;
+            }
+        }
+    }
+
+    function forget(map) {
+        map.querySelector(".sag-pag-hint").hidden = false;
+        map.querySelector(".sag-pag-block").hidden = true;
+    }
+
+    function move(cell, key) {
+        const map = cell.closest(".sag-pag-map");
+        const all = cells(map).filter((other) => other.offsetParent !== null);
+        const here = all.indexOf(cell);
+        const next = {
+            ArrowRight: here + 1, ArrowDown: here + 1, ArrowLeft: here - 1, ArrowUp: here - 1, Home: 0,
+            End: all.length - 1,
+        }[key];
+        if (next === undefined || !all[next]) return false;
+        for (const other of cells(map)) other.tabIndex = -1;
+        all[next].tabIndex = 0;
+        all[next].focus();
+        return true;
+    }
+
+    const cellOf = (event) => event.target.closest && event.target.closest(".sag-pag-map button.sag-pag-cell");
+
+    function listen(root) {
+        root.addEventListener("click", (event) => {
+            const cell = cellOf(event);
+            if (cell) choose(cell, event.shiftKey);
+        });
+        root.addEventListener("keydown", (event) => {
+            const cell = cellOf(event);
+            if (cell && !event.ctrlKey && !event.altKey && !event.metaKey && move(cell, event.key)) {
+                event.preventDefault();
+            }
+        });
+        for (const kind of ["mouseover", "focusin"]) {
+            root.addEventListener(kind, (event) => cellOf(event) && describe(cellOf(event)));
+        }
+        root.addEventListener("mouseout", (event) => {
+            const map = event.target.closest(".sag-pag-map");
+            if (map && !map.contains(event.relatedTarget) && !map.contains(document.activeElement)) forget(map);
+        });
+    }
+
+    // What comes from the server: a new map, or what a typed text chooses.
+    function follow(column) {
+        const update = () => {
+            const map = column.querySelector(".sag-pag-map");
+            const state = column.querySelector(".sag-pag-state [data-chosen]");
+            if (!map) return;
+            if (state && state !== column.lastState) {
+                column.lastState = state;
+                map.dataset.chosen = state.dataset.chosen;
+                show(map);
+            } else if (map !== column.lastMap) {
+                show(map);
+            }
+            column.lastMap = map;
+            const wrong = column.querySelector(".sag-pag-error");
+            const input = field(map);
+            wrong ? input.setAttribute("aria-invalid", "true") : input.removeAttribute("aria-invalid");
+        };
+        for (const part of column.querySelectorAll(".sag-pag-state, .sag-pag-mapping")) {
+            new MutationObserver(update).observe(part, {childList: true, subtree: true});
+        }
+        update();
+    }
+
+    // The panel's head repeats what is on and what it costs.
+    function head(panel) {
+        const label = panel.querySelector(".label-wrap");
+        const cost = panel.querySelector(".sag-pag-cost");
+        const copy = document.createElement("span");
+        copy.className = "sag-pag-head";
+        label.insertBefore(copy, label.lastElementChild);
+        const update = () => {
+            const source = cost.querySelector(".sag-pag-line");
+            if (source && copy.innerHTML !== source.innerHTML) copy.innerHTML = source.innerHTML;
+        };
+        new MutationObserver(update).observe(cost, {childList: true, subtree: true, characterData: true});
+        update();
+    }
+
+    function setUp(panel) {
+        listen(panel);
+        head(panel);
+        panel.querySelectorAll(".sag-pag-blocks").forEach(follow);
+        panel.classList.add("sag-pag-ready");
+    }
+
+    const panels = () => Array.from(gradioApp().querySelectorAll(".sag-pag-panel"));
+    const refresh = (panel) => panel.querySelector(".sag-pag-refresh").click();
+    let checkpoint = null;
+
+    onUiLoaded(() => {
+        for (const panel of panels()) {
+            setUp(panel);
+            refresh(panel);
+            // Opened before a model was there: look again.
+            panel.querySelector(".label-wrap").addEventListener("click", () => {
+                if (!panel.querySelector(".sag-pag-map")) refresh(panel);
+            });
+        }
+    });
+    if (typeof onOptionsChanged === "function") {
+        onOptionsChanged(() => {
+            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) panels().forEach(refresh);
+            checkpoint = opts.sd_checkpoint_hash;
+        });
+    }
+})();

@@ -1,0 +1,23 @@
+"""Every text of the panel that is not a parameter's own label or help.
+
+Each is shown as a text of its own, never joined to another, so that the WebUI's localisation files can translate it.
+"""
+
+PANEL = "Self-Attention & Perturbed-Attention Guidance"
+BOTH = "Both: contrast and hires. fix"
+
+OFF = "off"
+PER_STEP = "per guided step"
+PER_PICTURE = "for this picture"
+COST_HELP = "Computing, compared with the same picture without guidance"
+NOT_USABLE = "a setting can't be used"
+
+NO_MODEL = "No model is loaded yet."
+CHOOSE_MANY = "U-Net blocks to perturb"
+CHOOSE_ONE = "U-Net block to read"
+MAP_HELP = "Click to choose, shift-click for a range. From left to right as the U-Net runs, lower is coarser."
+MAP_HELP_ONE = "Click to choose. From left to right as the U-Net runs, lower is coarser."
+RESOLUTION = "resolution"
+HEADS = "heads"
+ALONE = "cost alone"
+TRANSFORMERS = "Transformer blocks"

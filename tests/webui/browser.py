@@ -1,0 +1,68 @@
+"""The panel's elements on the WebUI's page, and screenshots for a person to look at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SCRIPT = "selfattention__perturbedattention_guidance"
+READY = "#txt2img_generate"
+
+
+@contextmanager
+def opened_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
+    """The WebUI's page in a context of its own, loaded and set up."""
+    window = browser.new_context(viewport={"width": 1400, "height": 1600}, **context)
+    page = window.new_page()
+    load(page, url)
+    yield page
+    window.close()
+
+
+def load(page: Any, url: str) -> None:
+    """Loads the page and waits until its scripts have run."""
+    page.goto(url, wait_until="domcontentloaded")
+    page.wait_for_selector(READY, timeout=120_000)
+    page.wait_for_selector(".sag-pag-ready", state="attached", timeout=60_000)
+    page.wait_for_timeout(1500)
+
+
+def screenshot(target: Any, name: str) -> None:
+    """Saves what is seen of a page or element in the folder that SCREENSHOTS names."""
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        target.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def element(tab: str, name: str) -> str:
+    """The selector of a control."""
+    return f"#script_{tab}_{SCRIPT}_{name}"
+
+
+def open_panel(page: Any, tab: str = "txt2img", *features: str) -> Any:
+    """Opens the panel and switches features on; gives the panel."""
+    panel = page.locator(element(tab, "panel"))
+    if not panel.locator("> .label-wrap.open").count():
+        panel.locator("> .label-wrap").click()
+    for feature in features:
+        page.locator(f"{element(tab, feature + '_enabled')} > .label-wrap").click()
+    page.wait_for_timeout(800)
+    return panel
+
+
+def number(page: Any, tab: str, name: str) -> float:
+    """The value of a slider."""
+    return float(page.locator(f"{element(tab, name)} input[type=number]").input_value())
+
+
+def text_field(page: Any, tab: str, name: str) -> Any:
+    """A text field."""
+    return page.locator(f"{element(tab, name)} :is(textarea, input)")
+
+
+def ticked(page: Any, tab: str, feature: str) -> bool:
+    """Whether a feature's checkbox is on."""
+    return bool(page.locator(f"{element(tab, feature + '_enabled')}-visible-checkbox").is_checked())

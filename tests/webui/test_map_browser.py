@@ -1,0 +1,217 @@
+"""The block map, the cost line and the messages, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import element, load, number, open_panel, opened_page, screenshot, text_field, ticked
+from client import Client
+from server import Server
+
+from sag_pag.settings import PARAMETERS
+
+WAIT = 900  # milliseconds in which the server has answered
+
+
+def block(page: Any, name: str, tab: str = "txt2img", field: str = "pag_blocks") -> Any:
+    return page.locator(f"{element(tab, field + '_map')} button[data-name='{name}']")
+
+
+def chosen(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> str:
+    return str(text_field(page, tab, field).input_value())
+
+
+def pressed(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> list[str]:
+    cells = page.locator(f"{element(tab, field + '_map')} .sag-pag-u button[aria-pressed='true']")
+    return [cell.get_attribute("data-name") for cell in cells.all()]
+
+
+def head(page: Any, tab: str = "txt2img") -> str:
+    return str(page.locator(f"{element(tab, 'panel')} .sag-pag-head").inner_text())
+
+
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+def test_clicking_and_typing_follow_each_other(page: Any, client: Client, tab: str) -> None:
+    client.load_checkpoint("sd1")
+    page.locator("#tabs button", has_text=tab).first.click()
+    panel = open_panel(page, tab, "pag", "sag")
+    assert pressed(page, tab) == ["middle"]
+    block(page, "output.3", tab).click()
+    assert chosen(page, tab) == "middle, output.3"
+    block(page, "output.6", tab).click(modifiers=["Shift"])
+    assert chosen(page, tab) == "middle, output.3, output.4, output.5, output.6"
+    block(page, "middle", tab).click()
+    assert chosen(page, tab) == "output.3, output.4, output.5, output.6"
+    text_field(page, tab, "pag_blocks").fill("d1, output.9-10")
+    page.wait_for_timeout(WAIT)
+    assert pressed(page, tab) == ["input.2", "output.9", "output.10"]
+    block(page, "input.4", tab, "sag_block").click()
+    block(page, "input.5", tab, "sag_block").click()
+    assert chosen(page, tab, "sag_block") == "input.5"
+    assert chosen(page, tab) == "d1, output.9-10"
+    block(page, "input.7", tab).hover()
+    assert "8×8" in panel.locator(".sag-pag-block:visible").inner_text() or "16×16" in panel.inner_text()
+    screenshot(panel, f"map-{tab}")
+
+
+def test_keyboard(page: Any, client: Client) -> None:
+    client.load_checkpoint("sd1")
+    open_panel(page, "txt2img", "pag")
+    assert page.locator(f"{element('txt2img', 'pag_blocks_map')} button[tabindex='0']").count() == 1
+    block(page, "middle").focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    assert chosen(page) == "input.8, middle"
+    page.keyboard.press("Home")
+    page.keyboard.press("Shift+Enter")
+    assert chosen(page).startswith("input.1, input.2, input.4")
+    page.wait_for_timeout(WAIT)
+    assert page.evaluate("document.activeElement.dataset.name") == "input.1"
+    page.keyboard.press("End")
+    page.keyboard.press(" ")
+    assert chosen(page).endswith("middle, output.11")
+
+
+def test_it_follows_the_checkpoint(page: Any, client: Client) -> None:
+    client.load_checkpoint("sd1")
+    load(page, page.url)
+    panel = open_panel(page, "txt2img", "pag")
+    assert block(page, "output.11").count() == 1
+    box = page.locator("#setting_sd_model_checkpoint input")
+    box.click()
+    page.locator("#setting_sd_model_checkpoint ul li", has_text=re.compile(r"^[^a-z]*sdxl\.safetensors")).first.click()
+    page.wait_for_function(
+        "id => !document.querySelector(id + ' button[data-name=\"output.11\"]')",
+        arg=element("txt2img", "pag_blocks_map"), timeout=60_000,
+    )  # fmt: skip
+    block(page, "input.7").click()
+    block(page, "input.7.1").click()
+    assert chosen(page) == "input.7.0, input.7.2, middle"
+    assert block(page, "input.7").get_attribute("aria-pressed") == "mixed"
+    page.wait_for_timeout(WAIT)
+    screenshot(panel, "map-sdxl")
+    client.load_checkpoint("sd1")
+
+
+def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
+    client.load_checkpoint("sd1")
+    load(page, page.url)
+    assert head(page) == "off"
+    open_panel(page, "txt2img", "pag")
+    page.wait_for_timeout(WAIT)
+    page.locator(f"{element('txt2img', 'panel')} > .label-wrap").click()
+    whole = re.search(r"PAG.*≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)× for this picture", head(page))
+    assert whole is not None, head(page)
+    assert whole[1] == whole[2]
+    assert page.locator(f"{element('txt2img', 'panel')} .sag-pag-head").is_visible()
+    open_panel(page)
+    page.locator(f"{element('txt2img', 'pag_end')} input[type=number]").fill("0.5")
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(WAIT)
+    half = re.search(r"≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)×", head(page))
+    assert half is not None
+    assert half[1] == whole[1]
+    assert float(half[2]) - 1 == pytest.approx((float(whole[2]) - 1) / 2, abs=0.011)
+
+
+def test_a_wrong_name(page: Any, client: Client) -> None:
+    """Shown at once in red, and a generation refuses in the same words."""
+    client.load_checkpoint("sd1")
+    panel = open_panel(page, "txt2img", "pag")
+    text_field(page, "txt2img", "pag_blocks").fill("middle, outptu.3")
+    page.wait_for_timeout(WAIT)
+    message = panel.locator(".sag-pag-state .sag-pag-error")
+    words = message.inner_text()
+    assert words.startswith("pag_blocks: 'outptu.3' can't be used; allowed: input.1, input.2")
+    red, green, blue = map(int, re.findall(r"\d+", message.evaluate("e => getComputedStyle(e).color"))[:3])
+    assert red > green + 60
+    assert red > blue + 60
+    assert text_field(page, "txt2img", "pag_blocks").get_attribute("aria-invalid") == "true"
+    screenshot(panel, "map-wrong-name")
+    page.locator("#txt2img_generate").click()
+    page.wait_for_function("words => document.body.innerText.split(words).length > 2", arg=words, timeout=30_000)
+    text_field(page, "txt2img", "pag_blocks").fill("middle, output.3")
+    page.wait_for_timeout(WAIT)
+    assert message.count() == 0
+    assert pressed(page) == ["middle", "output.3"]
+
+
+def test_without_our_javascript(browser: Any, webui: Server) -> None:
+    """Everything can still be set: names are typed, and a wrong one is reported."""
+    window = browser.new_context(viewport={"width": 1400, "height": 1600})
+    window.route(re.compile(r"sag_pag\.js"), lambda route: route.abort())
+    page = window.new_page()
+    page.goto(webui.url, wait_until="domcontentloaded")
+    page.wait_for_selector("#txt2img_generate", timeout=120_000)
+    page.wait_for_timeout(3000)
+    assert page.locator(".sag-pag-ready").count() == 0
+    panel = open_panel(page, "txt2img", "pag")
+    text_field(page, "txt2img", "pag_blocks").fill("outptu.3")
+    page.wait_for_timeout(WAIT)
+    assert "can't be used" in panel.inner_text()
+    text_field(page, "txt2img", "pag_blocks").fill("output.3")
+    page.wait_for_timeout(WAIT)
+    assert "1." in panel.locator(".sag-pag-cost .sag-pag-line").inner_text()
+    page.locator("#txt2img_generate").click()
+    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
+    page.wait_for_timeout(1500)
+    assert "PAG blocks: output.3" in page.locator("#html_info_txt2img").first.inner_text()
+    window.close()
+
+
+def test_the_controls_are_made_as_the_parameters_say(client: Client) -> None:
+    """Also after the host has read its own file of people's defaults, which knows controls by their labels."""
+    title = "self-attention & perturbed-attention guidance"
+    for script in client.call("/sdapi/v1/script-info"):
+        if script["name"] != title:
+            continue
+        for control, parameter in zip(script["args"], PARAMETERS.values(), strict=True):
+            assert (control["label"], control["value"]) == (parameter.label, parameter.default)
+            if parameter.kind == "float":
+                sizes = (control["minimum"], control["maximum"], control["step"])
+                assert sizes == (parameter.minimum, parameter.maximum, parameter.step)
+
+
+def test_the_pages_controls_have_the_defaults(page: Any) -> None:
+    for name, parameter in PARAMETERS.items():
+        if parameter.kind == "float":
+            assert number(page, "txt2img", name) == parameter.default, name
+    assert not ticked(page, "txt2img", "pag")
+    assert not ticked(page, "txt2img", "sag")
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core, from npm."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("no npm: axe-core did not look at the panel in a browser")
+    folder = tmp_path_factory.mktemp("axe")
+    subprocess.run([npm, "install", "--silent", "--prefix", folder, "axe-core@4.10.3"], check=True)
+    return (Path(folder) / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessibility(browser: Any, webui: Server, client: Client, axe: str, theme: str) -> None:
+    client.load_checkpoint("sdxl")
+    with opened_page(browser, f"{webui.url}/?__theme={theme}") as page:
+        panel = open_panel(page, "txt2img", "pag", "sag")
+        page.locator(f"{element('txt2img', 'both')} > .label-wrap").click()
+        block(page, "input.7").click()
+        text_field(page, "txt2img", "sag_block").fill("nowhere")
+        page.wait_for_timeout(WAIT)
+        screenshot(panel, f"panel-{theme}")
+        page.evaluate(axe)
+        found = page.evaluate("id => axe.run(id)", element("txt2img", "panel"))
+    serious = [
+        (problem["id"], node["html"][:200], node["failureSummary"][:300])
+        for problem in found["violations"] if problem["impact"] in ("serious", "critical")
+        for node in problem["nodes"]
+    ]
+    assert serious == [], json.dumps(serious, indent=1)
