@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sag_pag.guidance import without_autocast
 from sag_pag.patching import Forward
 
 KeyValueInputs = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -54,7 +55,7 @@ def _received_in_row(attention: nn.Module, tokens: Tensor, key_value_inputs: Key
     received = torch.zeros(count, dtype=precision, device=key.device)
     for start in range(0, count, queries):
         query: Tensor = attention.get_submodule("to_q")(tokens[:, start : start + queries])[0]
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             for first in range(0, heads, head_group):
                 part = slice(first * head_size, min(first + head_group, heads) * head_size)
                 q = query[:, part].reshape(len(query), -1, head_size).transpose(0, 1).to(precision)
@@ -77,19 +78,14 @@ class MapCapture:
     received: Tensor | None = field(default=None, init=False)
     size: tuple[int, int] | None = field(default=None, init=False)
 
-    def watch_unet(self, host: Forward) -> Forward:
-        """Wraps the U-Net's forward to raise ``RuntimeError`` if it gets only a part of the picture."""
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if tuple(x.shape[-2:]) != self.latent_size:
-                (h, w), (whole_h, whole_w) = x.shape[-2:], self.latent_size
-                raise RuntimeError(
-                    f"SAG needs the whole picture in one U-Net call; another extension gave the U-Net {h} x {w} of "
-                    f"{whole_h} x {whole_w} latent pixels"
-                )
-            return host(x, *args, **kwargs)
-
-        return forward
+    def check_whole(self, x: Tensor) -> None:
+        """Raises ``RuntimeError`` if the U-Net's input ``x`` is only a part of the picture."""
+        if tuple(x.shape[-2:]) != self.latent_size:
+            (h, w), (whole_h, whole_w) = x.shape[-2:], self.latent_size
+            raise RuntimeError(
+                f"SAG needs the whole picture in one U-Net call; another extension gave the U-Net {h} x {w} of "
+                f"{whole_h} x {whole_w} latent pixels"
+            )
 
     def watch_transformer(self, host: Forward) -> Forward:
         """Wraps the enclosing ``SpatialTransformer``'s forward to learn the spatial shape."""
@@ -105,8 +101,9 @@ class MapCapture:
 class AttentionPatch:
     """One self-attention's behaviour in a call of ``rows`` rows, of which the last ``identity_rows`` are perturbed.
 
-    A call with another number of rows (an extension that runs the attention on some rows of its own) is left to the
-    host. ``applied`` tells whether any call was this patch's.
+    With ``overwrite`` the host's attention runs on all rows, and these rows of its output are replaced. A call with
+    another number of rows (an extension that runs the attention on some rows of its own) is left to the host.
+    ``applied`` tells whether any call was this patch's.
     """
 
     attention: nn.Module
@@ -114,6 +111,7 @@ class AttentionPatch:
     identity_rows: int
     key_value_inputs: KeyValueInputs
     capture: MapCapture | None = None
+    overwrite: range | None = None
     applied: bool = field(default=False, init=False)
 
     def wrap(self, host: Forward) -> Forward:
@@ -128,6 +126,11 @@ class AttentionPatch:
                     attention_received(self.attention, x[row : row + 1], self.key_value_inputs)
                     for row in self.capture.rows
                 ])
+            if self.overwrite is not None:
+                out = host(x, *args, **kwargs).clone()
+                part = slice(self.overwrite.start, self.overwrite.stop)
+                out[part] = identity_attention(self.attention, x[part], self.key_value_inputs)
+                return out
             kept = self.rows - self.identity_rows
             if kept == self.rows:
                 return host(x, *args, **kwargs)

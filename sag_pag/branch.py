@@ -34,6 +34,7 @@ class Branch:
     ``perturbed_rows``: rows of the call to run once more with identity attention in ``perturbed``.
     ``capture``: reads the attention map of ``read`` on the way.
     ``own_call``: run the extra rows as a call of their own, for people short of memory.
+    ``same_rows``: run the host's rows once more and perturb them there, for extensions that tell rows apart.
     """
 
     topology: Topology
@@ -43,6 +44,7 @@ class Branch:
     capture: MapCapture | None = None
     read: AttentionSite | None = None
     own_call: bool = False
+    same_rows: bool = False
 
 
 def select_rows(cond: Any, rows: range | slice) -> Any:
@@ -72,20 +74,21 @@ def denoise_with_branch(
 ) -> tuple[Tensor, Tensor | None]:
     """The denoiser's output for its own rows and, if any rows are perturbed, for the perturbed ones.
 
-    Nothing stays on any module after the call, whether it returns or raises. Raises ``RuntimeError`` if a selected
-    attention did not run as expected (another extension has replaced it).
+    Nothing stays on any module after the call, whether it returns or raises. Raises ``RuntimeError`` if the U-Net or a
+    selected attention did not run as expected (another extension has replaced it, or works in tiles).
     """
     total, rows = x.shape[0], branch.perturbed_rows
     if not rows:
-        with _applied(branch, _reading_patch(branch, rows=total)):
+        with _applied(branch, _reading_patch(branch, rows=total), rows=total):
             return denoise(x, sigma, cond=cond), None
-    shares = not _rows_are_told_apart_elsewhere(branch.topology)
+    if branch.same_rows:
+        return _in_same_rows(denoise, x, sigma, cond=cond, branch=branch)
     if branch.own_call:
-        return _in_own_call(denoise, x, sigma, cond=cond, branch=branch, shares=shares)
+        return _in_own_call(denoise, x, sigma, cond=cond, branch=branch)
     combined = total + len(rows)
     patches = _identity_patches(branch, rows=combined, identity_rows=len(rows))
-    patches |= _reading_patch(branch, rows=combined, already=patches, rows_in_prefix=total if shares else combined)
-    with _applied(branch, patches, prefix=_shared_rows(total, rows) if shares else None):
+    patches |= _reading_patch(branch, rows=combined, already=patches, rows_in_prefix=total)
+    with _applied(branch, patches, rows=combined, prefix=_shared_rows(total, rows)):
         out = denoise(
             append_rows(x, rows, total=total), append_rows(sigma, rows, total=total),
             cond=append_rows(cond, rows, total=total),
@@ -94,16 +97,52 @@ def denoise_with_branch(
 
 
 def _in_own_call(
-    denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch, shares: bool,
+    denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch,
 ) -> tuple[Tensor, Tensor]:
     rows = branch.perturbed_rows
     record: dict[nn.Module, Tensor] = {}
-    with _applied(branch, _reading_patch(branch, rows=x.shape[0]), prefix=_recorded(record, rows) if shares else None):
+    with _applied(branch, _reading_patch(branch, rows=x.shape[0]), rows=x.shape[0], prefix=_recorded(record, rows)):
         out = denoise(x, sigma, cond=cond)
     patches = _identity_patches(branch, rows=len(rows), identity_rows=len(rows))
-    with _applied(branch, patches, prefix=_replayed(record) if shares else None):
+    with _applied(branch, patches, rows=len(rows), prefix=_replayed(record)):
         perturbed = denoise(select_rows(x, rows), select_rows(sigma, rows), cond=select_rows(cond, rows))
     return out, perturbed
+
+
+def _in_same_rows(
+    denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch,
+) -> tuple[Tensor, Tensor]:
+    rows, total = branch.perturbed_rows, x.shape[0]
+    randomness = Randomness(x.device)
+    with _applied(branch, _reading_patch(branch, rows=total), rows=total):
+        out = denoise(x, sigma, cond=cond)
+    patches = {
+        site: AttentionPatch(site.attention, total, 0, branch.key_value_inputs, overwrite=rows)
+        for site in branch.perturbed
+    }
+    with _applied(branch, patches, rows=total), randomness.again():
+        perturbed = denoise(x, sigma, cond=cond)
+    return out, perturbed[rows.start : rows.stop]
+
+
+class Randomness:
+    """Torch's random state as it is now, so that a second call can draw what a first one draws.
+
+    ControlNet's reference modes add noise in every U-Net call; it must not be part of the guidance.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Runs from that state on; afterwards the state is as it was before."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
 
 
 Patches = dict[AttentionSite, AttentionPatch]
@@ -154,6 +193,8 @@ def _recorded(record: dict[nn.Module, Tensor], rows: range) -> MakePrefixForward
 
     def make(module: nn.Module, host: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if module in record:
+                raise RuntimeError("PAG needs the whole picture in one U-Net call; another extension makes several")
             out: Tensor = host(*args, **kwargs)
             record[module] = out[rows.start : rows.stop].clone()  # others may change their skip connections in place
             return out
@@ -176,14 +217,32 @@ def _replayed(record: dict[nn.Module, Tensor]) -> MakePrefixForward:
 
 
 @contextmanager
-def _applied(branch: Branch, patches: Patches, *, prefix: MakePrefixForward | None = None) -> Iterator[None]:
+def _applied(
+    branch: Branch, patches: Patches, *, rows: int, prefix: MakePrefixForward | None = None,
+) -> Iterator[None]:
     """Puts on all of a call's patches, takes them off, and checks that every patched attention ran."""
+    capture = next((patch.capture for patch in patches.values() if patch.capture is not None), None)
+
+    def checked(host: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.shape[0] != rows:
+                raise RuntimeError(
+                    f"another extension gave the U-Net {x.shape[0]} rows instead of {rows}: guidance can't be used "
+                    "with pictures made in tiles"
+                )
+            if capture is not None:
+                capture.check_whole(x)
+            return host(x, *args, **kwargs)
+
+        return forward
+
     with ExitStack() as stack:
+        if patches or prefix is not None:
+            stack.enter_context(forward_replaced(branch.topology.unet, checked))
         for patch in patches.values():
             stack.enter_context(forward_replaced(patch.attention, patch.wrap))
             if patch.capture is not None and branch.read is not None:
                 stack.enter_context(forward_replaced(branch.read.transformer, patch.capture.watch_transformer))
-                stack.enter_context(forward_replaced(branch.topology.unet, patch.capture.watch_unet))
         if prefix is not None:
             for module in prefix_modules(branch.topology, branch.perturbed[0]):
                 stack.enter_context(forward_replaced(module, partial(prefix, module)))
@@ -202,11 +261,24 @@ def prefix_modules(topology: Topology, first: AttentionSite) -> list[nn.Module]:
     return modules + siblings[: siblings.index(first.transformer_block)]
 
 
-def _rows_are_told_apart_elsewhere(topology: Topology) -> bool:
-    """Whether another extension has replaced single blocks, and so may treat the rows of a batch differently.
+_LAYERS = {
+    "Conv2d", "Linear", "ResBlock", "SpatialTransformer", "SpatialVideoTransformer", "AttentionBlock", "Downsample",
+    "Upsample",
+}
 
-    ControlNet's reference modes keep a bank of features for each row of the batch; the extra rows must then go the
-    whole way with the others.
+
+def tells_rows_apart(topology: Topology) -> bool:
+    """Whether another extension is in the U-Net that may treat the rows of a call differently, or remember them.
+
+    ControlNet keeps references and features for each row of the first call, its IP-Adapter and Regional Prompter split
+    the batch by what the rows are, AnimateDiff's layers mix rows. Such a U-Net must get the host's rows and no others.
+    Replacements of self-attentions alone (HyperTile) work on any rows.
     """
-    modules = [*topology.blocks, *(site.transformer_block for site in topology.sites)]
-    return any(is_replaced(module, name) for module in modules for name in ("forward", "_forward"))
+    attentions = {site.attention for site in topology.sites}
+    if any(type(layer).__name__ not in _LAYERS for block in topology.blocks for layer in block.children()):
+        return True
+    return any(
+        is_replaced(module, name)
+        for module in topology.unet.modules() if module not in attentions
+        for name in ("forward", "_forward")
+    )

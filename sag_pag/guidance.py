@@ -6,6 +6,7 @@ Shapes: latents and predictions are ``(batch, channels, height, width)``.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,12 @@ from torch import Tensor
 def working_precision(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is if it is wider."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Runs in the tensors' own precision. Older torch knows no autocast of some devices, not even to switch it off."""
+    available = getattr(torch.amp.autocast_mode, "is_autocast_available", ("cpu", "cuda", "xpu").__contains__)
+    return torch.autocast(device.type, enabled=False) if available(device.type) else nullcontext()
 
 
 def attention_mask(
@@ -49,7 +56,7 @@ def blur(x: Tensor, *, sigma: float, radius: int | None = None) -> Tensor:
         return x
     wanted = max(4, math.ceil(3 * sigma)) if radius is None else radius
     result = working_precision(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         for axis in (2, 3):
             r = min(wanted, x.shape[axis] - 1)
             kernel = gaussian_kernel(sigma, radius=r, like=result)

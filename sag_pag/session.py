@@ -12,7 +12,7 @@ from torch import Tensor
 from sag_pag import guidance
 from sag_pag.attention import KeyValueInputs, MapCapture, unchanged_inputs
 from sag_pag.blocks import AttentionSite, BlockNameError, Topology, check_names
-from sag_pag.branch import Branch, Denoiser, denoise_with_branch, select_rows
+from sag_pag.branch import Branch, Denoiser, Randomness, denoise_with_branch, select_rows, tells_rows_apart
 from sag_pag.settings import PARAMETERS, SettingError, Settings
 
 
@@ -173,6 +173,18 @@ class _SagBase:
     out: list[Tensor] = field(default_factory=list)
     received: list[Tensor] = field(default_factory=list)
     size: tuple[int, int] = (0, 0)
+    calls: list[_Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A denoiser call of the host's, and which of its rows SAG starts from."""
+
+    x: Tensor
+    sigma: Tensor
+    cond: Any
+    rows: Sequence[int]
+    randomness: Randomness
 
 
 class GuidedStep:
@@ -193,6 +205,7 @@ class GuidedStep:
         self.space = space
         self.own_call = own_call
         self.key_value_inputs = key_value_inputs
+        self.same_rows = tells_rows_apart(topology)
         self.seen = 0
         self.finished = False
         self._cond_out: dict[int, Tensor] = {}
@@ -210,10 +223,11 @@ class GuidedStep:
         cond_rows = range(max(0, min(len(self.layout.conds) - first, count)))
         role, read_rows = self._rows_to_read(first, count)
         capture = MapCapture(read_rows, _size(x)) if self.plan.sag_scale and read_rows else None
+        randomness = Randomness(x.device) if capture is not None and self.same_rows else None
         out, perturbed = denoise_with_branch(self.denoise, x, sigma, cond=cond, branch=Branch(
             topology=self.topology, key_value_inputs=self.key_value_inputs,
             perturbed_rows=cond_rows if self.plan.pag_scale else range(0), perturbed=self.plan.perturbed,
-            capture=capture, read=self.plan.read, own_call=self.own_call,
+            capture=capture, read=self.plan.read, own_call=self.own_call, same_rows=self.same_rows,
         ))
         kept = out.clone()  # other extensions may change the host's tensor in place
         for row in cond_rows:
@@ -223,6 +237,8 @@ class GuidedStep:
         self._uncond_out += [kept[row] for row in range(count) if first + row >= self.layout.first_uncond]
         if capture is not None:
             self._keep(self._bases[role], capture, x, sigma, cond, kept)
+        if randomness is not None:
+            self._bases[role].calls.append(_Call(x, sigma, cond, read_rows, randomness))
         return out
 
     def _add_pag_delta(self, row: int, cond: Tensor, perturbed: Tensor) -> None:
@@ -271,11 +287,23 @@ class GuidedStep:
         )
         x0 = self.space.denoised(x, out, sigma)
         change = guidance.degrade(x0, mask.to(x0.dtype), sigma=settings.sag_blur_sigma) - x0
-        degraded_out = self.denoise(self.space.renoised(x, change, sigma), sigma, cond=_stack(base.cond))
+        degraded_out = self._denoise_degraded(self.space.renoised(x, change, sigma), sigma, base)
         self._sag_delta = self.plan.sag_scale * self.space.sag_direction(
             guidance.working_precision(out), guidance.working_precision(degraded_out),
             guidance.working_precision(change),
         )
+
+    def _denoise_degraded(self, degraded: Tensor, sigma: Tensor, base: _SagBase) -> Tensor:
+        if not self.same_rows:
+            return self.denoise(degraded, sigma, cond=_stack(base.cond))
+        outs, first = [], 0
+        for call in base.calls:
+            x, rows = call.x.clone(), list(call.rows)
+            x[rows] = degraded[first : first + len(rows)]
+            first += len(rows)
+            with call.randomness.again():
+                outs.append(self.denoise(x, call.sigma, cond=call.cond)[rows])
+        return torch.cat(outs)
 
     def delta(self) -> Tensor:
         """The sum of both guidances, ``(images, channels, height, width)``, in the sampler's space."""

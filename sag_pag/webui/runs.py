@@ -241,6 +241,8 @@ class Callbacks:
         """After a step's U-Net calls, before CFG."""
         for run in self._running:
             if run.steps_with(params.inner_model):
+                while self._steps[-1] is not run:  # the steps of nested generations that failed
+                    self._steps.pop()
                 run.failing_visibly(run.end_calls)
 
     def on_cfg_after_cfg(self, params: Any) -> None:

@@ -48,15 +48,27 @@ def _axis(module: Any, parameter: Parameter) -> Any:
 def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
     """Refuses a bad value, in a cell or in the script's other arguments, before the first picture is made."""
     script = _script(p)
+    plotted = _plotted_labels(p)
+    topology = None if "Checkpoint name" in plotted else _topology(p)
+    others = {f"{parameter.name[:4]}start", f"{parameter.name[:4]}end"} - {parameter.name}
+    both_ends = any(axis_label(PARAMETERS[name]) in plotted for name in others & PARAMETERS.keys())
     try:
         settings = Settings.from_list(p.script_args[script.args_from : script.args_to])
         for cell in cells:
             value = _value(parameter, cell)
             changed = settings.with_values({**implied_switches([parameter.name]), parameter.name: value})
-            changed.check_order()
-            check_blocks(changed, _topology(p))
+            if not both_ends:
+                changed.check_order()
+            check_blocks(changed, topology)
     except SettingError as error:
         raise RefusedError(error) from error
+
+
+def _plotted_labels(p: Any) -> set[str]:
+    """The labels of all axes of the plot that ``p`` is for."""
+    plot = next(script for script in p.scripts.scripts if script.title() == "X/Y/Z plot")
+    kinds = p.script_args[plot.args_from : plot.args_to][0:9:3]  # each axis has three controls, its kind first
+    return {plot.current_axis_options[kind or 0].label for kind in kinds}
 
 
 def _topology(p: Any) -> Topology | None:

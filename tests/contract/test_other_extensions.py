@@ -119,7 +119,7 @@ def test_a_longer_context(host: Host, unet: nn.Module) -> None:
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ["forward", "_forward"])
 def test_blocks_that_tell_rows_apart(host: Host, unet: nn.Module, name: str) -> None:
-    """An extension that has replaced single blocks sees every row, the extra ones too: nothing is shared."""
+    """An extension that has replaced single blocks gets the host's rows and no others."""
     block = unet.get_submodule("input_blocks.1")
     rows: list[int] = []
 
@@ -137,7 +137,99 @@ def test_blocks_that_tell_rows_apart(host: Host, unet: nn.Module, name: str) -> 
         block._forward = block.forward  # type: ignore[assignment]
     torch.testing.assert_close(host.generate({"pag_scale": 3}, steps=2)[0], expected, rtol=1e-4, atol=1e-4)
     if name == "forward":
-        assert rows in ([3, 3], [2, 1, 2, 1])
+        assert rows == [2, 2, 2, 2]
+
+
+ROW_AWARE = [{"pag_scale": 3}, {"sag_scale": 1}, BOTH, {"pag_scale": 3, "pag_start": 0.5}, {**BOTH, "sag_end": 0.5}]
+
+
+def everywhere(unet: nn.Module, name: str) -> list[nn.Module]:
+    return [module for path, module in unet.named_modules() if path.endswith(name)]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("settings", ROW_AWARE, ids=str)
+def test_features_remembered_for_the_rows_of_the_first_call(
+    host: Host, unet: nn.Module, settings: dict[str, Any]
+) -> None:
+    """ControlNet's IP-Adapter: made once for all rows of a U-Net call, given to every cross-attention."""
+    remembered: list[Tensor] = []
+
+    def by_context(original: Forward) -> Forward:
+        def forward(x: Tensor, context: Tensor, **kwargs: Any) -> Any:
+            return original(x, context=context, **kwargs) + 3 * context.mean(dim=(1, 2))[:, None, None]
+
+        return forward
+
+    def by_memory(original: Forward) -> Forward:
+        def forward(x: Tensor, context: Tensor, **kwargs: Any) -> Any:
+            feature = remembered[0].view(len(x), -1).mean(dim=1)
+            return original(x, context=context, **kwargs) + 3 * feature[:, None, None]
+
+        return forward
+
+    def remember(original: Forward) -> Forward:
+        def forward(x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: Any) -> Any:
+            if not remembered:
+                remembered.append(context.mean(dim=(1, 2))[:, None].expand(-1, 12).contiguous())
+            return original(x, timesteps, context=context, **kwargs)
+
+        return forward
+
+    for attention in everywhere(unet, "attn2"):
+        put_on(attention, by_context)
+    expected = host.generate(settings)[0]
+    for attention in everywhere(unet, "attn2"):
+        vars(attention).pop("forward")
+        put_on(attention, by_memory)
+    put_on(unet, remember)
+    torch.testing.assert_close(host.generate(settings)[0], expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, host.plain()[0], atol=1e-2)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("settings", ROW_AWARE, ids=str)
+def test_the_batch_split_into_halves(host: Host, unet: nn.Module, settings: dict[str, Any]) -> None:
+    """Regional Prompter: the first half of the rows is taken for the prompt's, the second for the negative one's."""
+    negative = host.shared.sd_model.encode("blurry")
+
+    def by_context(original: Forward) -> Forward:
+        def forward(x: Tensor, context: Tensor, **kwargs: Any) -> Any:
+            is_prompt = (context - negative).abs().amax(dim=(1, 2)) > 0
+            return original(x, context=context, **kwargs) + torch.where(is_prompt, 1.0, -1.0)[:, None, None]
+
+        return forward
+
+    def by_half(original: Forward) -> Forward:
+        def forward(x: Tensor, **kwargs: Any) -> Any:
+            first, second = original(x, **kwargs).chunk(2)
+            return torch.cat([first + 1, second - 1])
+
+        return forward
+
+    for attention in everywhere(unet, "attn2"):
+        put_on(attention, by_context)
+    expected = host.generate(settings)[0]
+    for attention in everywhere(unet, "attn2"):
+        vars(attention).pop("forward")
+        put_on(attention, by_half)
+    torch.testing.assert_close(host.generate(settings)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("way")
+def test_layers_put_into_the_blocks(host: Host, unet: nn.Module) -> None:
+    """AnimateDiff's motion modules mix the rows of a call, taken for two times as many frames."""
+    class MotionModule(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 2, "not the host's rows"
+            return x + 0.1 * x.mean(dim=0, keepdim=True)
+
+    block = unet.get_submodule("input_blocks.1")
+    block.append(MotionModule())  # type: ignore[operator]
+    try:
+        assert not torch.equal(host.generate(BOTH)[0], host.plain()[0])
+    finally:
+        del block[-1]  # type: ignore[operator]
 
 
 def test_hypernetworks(host: Host) -> None:
@@ -245,6 +337,38 @@ def test_a_denoiser_that_works_in_tiles(host: Host, settings: dict[str, Any]) ->
             host.generate(settings)
     else:
         assert host.generate(settings)[0].isfinite().all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("settings", [{"sag_scale": 1}, {"pag_scale": 3}, BOTH])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_tiles_stacked_in_the_batch(host: Host, settings: dict[str, Any], batch: int) -> None:
+    """Tiled Diffusion gives the U-Net some tiles at a time, and fewer in the last call."""
+    def install(params: Any) -> None:
+        inner = params.denoiser.inner_model
+        if not hasattr(inner, "theirs"):
+            original = inner.forward
+
+            def forward(x: Tensor, sigma: Tensor, cond: Any) -> Any:
+                tiles = list(x.chunk(4, dim=2))
+                outs: list[Tensor] = []
+                for first in range(0, 4, batch):
+                    part = tiles[first : first + batch]
+                    conds = {
+                        key: [torch.cat([c] * len(part)) for c in value] if isinstance(value, list) else value
+                        for key, value in cond.items()
+                    }
+                    outs += original(torch.cat(part), sigma.repeat(len(part)), cond=conds).chunk(len(part))
+                return torch.cat(outs, dim=2)
+
+            inner.forward, inner.theirs = forward, True
+
+    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, install)
+    if settings == {"pag_scale": 3} and batch == 1 and not host.shared.sd_model.lowvram:
+        assert host.generate(settings)[0].isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="another extension"):
+            host.generate(settings)
 
 
 def test_hooks_on_the_unet(host: Host, unet: nn.Module) -> None:

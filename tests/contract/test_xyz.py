@@ -185,6 +185,25 @@ def test_a_range_that_ends_before_it_starts(host: Host, base: dict[str, float], 
     assert len(host.calls) == before
 
 
+def test_both_ends_of_a_range_as_axes(host: Host) -> None:
+    """What the panel says for them does not matter."""
+    axes = {label(host, "pag_start"): ["0", "0.5"], label(host, "pag_end"): ["0.6", "0.9"]}
+    cells = plot(host, host.processing_for({"pag_end": 0.3}), axes)
+    expected = [host.generate({"pag_start": s, "pag_end": e})[0] for s in (0.0, 0.5) for e in (0.6, 0.9)]
+    for cell, e in zip(cells, expected, strict=True):
+        assert cell is not None
+        assert torch.equal(cell, e)
+
+
+def test_blocks_and_checkpoints_as_axes(host: Host) -> None:
+    """The blocks may be those of a checkpoint that is not loaded yet."""
+    p = host.processing_for({})
+    p.checkpoints = {"sdxl": host.checkpoint("sdxl")}
+    cell, = plot(host, p, {"Checkpoint name": ["sdxl"], label(host, "pag_blocks"): ["middle.1"]})
+    assert cell is not None
+    assert torch.equal(cell, host.generate({"pag_blocks": "middle.1"})[0])
+
+
 @pytest.mark.parametrize("start", ["sag_start", "rescale"])
 def test_values_of_a_range_as_the_plot_computes_them(host: Host, start: str) -> None:
     """"0.4-1 (+0.2)" gives 1.0000000000000002 for 1."""

@@ -142,3 +142,16 @@ def test_degrading_blurs_where_the_mask_is() -> None:
     inside = np.broadcast_to(mask.numpy() > 0, x.shape)
     np.testing.assert_allclose(degraded[inside], blurred_by_scipy(x, 1.0)[inside], rtol=0, atol=1e-12)
     assert np.array_equal(degraded[~inside], x.numpy()[~inside])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu", "meta"])
+def test_full_precision_on_any_device(kind: str) -> None:
+    """Also where torch knows no autocast of the device, and says so with an exception."""
+    with guidance.without_autocast(torch.device(kind)):
+        pass
+
+
+def test_full_precision() -> None:
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16), guidance.without_autocast(x.device):
+        assert (x @ x).dtype == torch.float32

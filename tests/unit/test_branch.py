@@ -111,6 +111,28 @@ def test_reading_a_map_on_the_way(unet: nn.Module, read: str, perturb: str, own_
     torch.testing.assert_close(together.received, alone.received, rtol=1e-4, atol=1e-5)
 
 
+def test_noise_of_another_extension_is_the_same_in_both_calls(unet: nn.Module) -> None:
+    """With a single token identity attention changes nothing: what differs would be the noise."""
+    topology = Topology(unet)
+    x, sigma, cond = inputs()
+    x = x[:, :, :1, :1]
+    handle = unet.register_forward_hook(lambda _, __, out: out + torch.randn_like(out))
+    torch.manual_seed(1)
+    alone = Denoise(unet)(x, sigma, cond=cond)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
+        topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve("middle"), same_rows=True,
+    ))
+    assert torch.equal(out, alone)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert perturbed is not None
+    torch.testing.assert_close(perturbed, out[:2], rtol=0, atol=1e-3)
+    torch.manual_seed(2)
+    assert (Denoise(unet)(x, sigma, cond=cond) - alone).abs().max() > 0.01, "the noise must matter"
+    handle.remove()
+
+
 @pytest.mark.parametrize("own_call", [False, True])
 @pytest.mark.parametrize("text", ["input.1", "middle.1", "output.3"])
 def test_nothing_is_left_when_the_model_raises(unet: nn.Module, text: str, own_call: bool) -> None:

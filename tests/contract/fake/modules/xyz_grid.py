@@ -6,6 +6,8 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
+import gradio as gr
+
 from modules import errors, processing, scripts
 
 
@@ -20,6 +22,7 @@ class AxisOption:
 axis_options = [
     AxisOption("Nothing", str, lambda p, x, xs: None),
     AxisOption("Seed", int, lambda p, x, xs: setattr(p, "seed", x)),
+    AxisOption("Checkpoint name", str, lambda p, x, xs: setattr(p, "checkpoint", p.checkpoints[x])),
 ]
 
 
@@ -29,11 +32,14 @@ class Script(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         self.current_axis_options = list(axis_options)
-        return []
+        return [gr.Dropdown(value=value) for value in (0, "", []) * 3]
 
     def run(self, p: Any, axes: dict[str, list[Any]]) -> list[processing.Processed]:
         """One result a cell, the first axis outermost; a cell that failed is empty."""
         options = {option.label: option for option in self.current_axis_options}
+        p, args = copy(p), list(p.script_args)
+        args[self.args_from : self.args_from + 3 * len(axes) : 3] = [list(options).index(label) for label in axes]
+        p.script_args = type(p.script_args)(args)
         chosen = []
         for label, texts in axes.items():
             option = options[label]
