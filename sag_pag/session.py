@@ -177,6 +177,17 @@ class _SagBase:
 
 
 @dataclass(frozen=True)
+class SagView:
+    """What SAG saw in one step: ``attention`` of the feature map, ``mask`` of the latent.
+
+    Both are ``(images, height, width)``.
+    """
+
+    attention: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class _Call:
     """A denoiser call of the host's, and which of its rows SAG starts from."""
 
@@ -212,6 +223,7 @@ class GuidedStep:
         self._uncond_out: list[Tensor] = []
         self._pag_delta: dict[int, Tensor] = {}
         self._sag_delta: Tensor | None = None
+        self.seen_by_sag: SagView | None = None
         self._bases: dict[Role, _SagBase] = {"cond": _SagBase(), "uncond": _SagBase()}
 
     def __call__(self, x: Tensor, sigma: Tensor, *, cond: Any) -> Tensor:
@@ -287,6 +299,8 @@ class GuidedStep:
         )
         x0 = self.space.denoised(x, out, sigma)
         change = guidance.degrade(x0, mask.to(x0.dtype), sigma=settings.sag_blur_sigma) - x0
+        if settings.sag_show:
+            self.seen_by_sag = SagView(torch.cat(base.received).view(-1, *base.size).cpu(), mask[:, 0].cpu())
         degraded_out = self._denoise_degraded(self.space.renoised(x, change, sigma), sigma, base)
         self._sag_delta = self.plan.sag_scale * self.space.sag_direction(
             guidance.working_precision(out), guidance.working_precision(degraded_out),

@@ -163,6 +163,10 @@ class Settings:
     hires_pag_scale: float = _parameter(
         3.0, "both", "PAG scale in the hires pass", "Used if other scales are chosen for the hires pass.",
         "PAG hires scale", maximum=20.0, step=0.05, needs=("pag_enabled", "hires_own_scales"))
+    sag_show: bool = _parameter(
+        False, "sag", "Show what SAG sees",
+        "Adds a picture to the gallery: the mask and the attention map at some points. Changes no other picture.",
+        "SAG show")
 
     def __post_init__(self) -> None:
         for parameter in PARAMETERS.values():

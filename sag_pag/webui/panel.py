@@ -25,7 +25,9 @@ LoadedModel = Callable[[], Topology | str]
 
 _ROWS: dict[Feature, tuple[tuple[str, ...], ...]] = {
     "pag": (("pag_scale",), ("pag_blocks",), ("pag_start", "pag_end"), ("pag_fade",)),
-    "sag": (("sag_scale",), ("sag_threshold", "sag_blur_sigma"), ("sag_block",), ("sag_start", "sag_end")),
+    "sag": (
+        ("sag_scale",), ("sag_threshold", "sag_blur_sigma"), ("sag_block",), ("sag_start", "sag_end"), ("sag_show",),
+    ),
     "both": (
         ("rescale", "rescale_mode"), ("hires_pass", "hires_own_scales"), ("hires_sag_scale", "hires_pag_scale"),
     ),

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from sag_pag.patching import Forward, forward_replaced
-from sag_pag.session import GuidedStep, check_blocks, plan_step
+from sag_pag.session import GuidedStep, SagView, check_blocks, plan_step
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui import host
 
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 NOTE = "SAG/PAG note"
 """Infotext field that says why a picture is not guided though a feature was on."""
 
+
+VIEWS = "sag_pag_views"
+"""Attribute of a processing object: what SAG saw while the batch was sampled, if that is to be shown."""
 
 _WAITING = "sag_pag_waiting"
 """Attribute of a processing object whose ``sample`` has been stood in for and not been called yet."""
@@ -52,6 +55,9 @@ class GuidedRun:
         self._patch = ExitStack()
         self._standing: Forward | None = None
         self._error: Exception | None = None
+        self._progress = 0.0
+        self.views: list[tuple[float, SagView]] = []
+        """What SAG saw, with the progress of its steps, if that is to be shown."""
 
     def check(self) -> bool:
         """Whether the loaded model can be guided; if not, the picture's metadata and the log say why.
@@ -108,7 +114,8 @@ class GuidedRun:
             self.note(f"not applied to the end, {error}")
             return None
         hires = host.hires_pass(self.p)
-        plan = plan_step(self.settings, topology, progress=host.progress(self._denoiser, sigma), hires=hires)
+        self._progress = host.progress(self._denoiser, sigma)
+        plan = plan_step(self.settings, topology, progress=self._progress, hires=hires)
         if plan is None:
             return None
         return GuidedStep(
@@ -125,6 +132,8 @@ class GuidedRun:
         self._patch.close()
         if self._step is not None:
             self._step.finish()
+            if self._step.seen_by_sag is not None:
+                self.views.append((self._progress, self._step.seen_by_sag))
 
     def guide(self, combined: Tensor) -> Tensor:
         """After-CFG callback: the host's result with the guidance added."""
@@ -175,7 +184,13 @@ class GuidedSample:
         if isinstance(settings, SettingError):
             raise RefusedError(settings)
         sample = partial(self.original, *args, **kwargs)
-        return sample() if settings is None else self.callbacks.sample(GuidedRun(self.p, settings), sample)
+        if settings is None:
+            return sample()
+        run = GuidedRun(self.p, settings)
+        result = self.callbacks.sample(run, sample)
+        if settings.sag_show:
+            setattr(self.p, VIEWS, run.views)
+        return result
 
     @classmethod
     def withdraw(cls, p: Any) -> None:

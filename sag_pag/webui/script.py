@@ -9,7 +9,8 @@ from modules import script_callbacks, scripts
 from sag_pag.settings import PARAMETERS, SettingError, Settings, complete_infotext
 from sag_pag.webui import host, texts, xyz
 from sag_pag.webui.panel import Panel, Surroundings
-from sag_pag.webui.runs import NOTE, Callbacks
+from sag_pag.webui.runs import NOTE, VIEWS, Callbacks
+from sag_pag.webui.seen import show
 
 try:
     from modules.ui_components import InputAccordion
@@ -17,6 +18,9 @@ except ImportError:  # before WebUI 1.7
     InputAccordion = None
 
 CALLBACKS = Callbacks()
+
+_SHOWN = "sag_pag_shown"
+"""Attribute of a processing object: the pictures of what SAG saw, until they are in the gallery."""
 
 _TXT2IMG = {"width": "width", "height": "height", "steps": "steps", "cfg_scale": "cfg_scale"}
 _AROUND = {"txt2img": _TXT2IMG, "img2img": {**_TXT2IMG, "denoising_strength": "denoising"}}
@@ -61,6 +65,8 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
 
     def process(self, p: Any, *args: Any) -> None:
         """Writes the infotext; a picture's metadata says what was on."""
+        for name in (VIEWS, _SHOWN):
+            vars(p).pop(name, None)
         for key in (NOTE, *(parameter.infotext for parameter in PARAMETERS.values())):
             p.extra_generation_params.pop(key, None)
         settings = read_settings(args)
@@ -72,6 +78,19 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         settings = read_settings(args)
         off = isinstance(settings, Settings) and not settings.enabled
         CALLBACKS.prepare(p, None if off else settings)
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        """Draws what SAG saw of this picture, if that is to be shown."""
+        views = [(at, view.attention[p.batch_index], view.mask[p.batch_index]) for at, view in vars(p).get(VIEWS, ())]
+        if views:
+            setattr(p, _SHOWN, [*getattr(p, _SHOWN, ()), show(pp.image, views)])
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        """Adds what was drawn to the gallery, and to what the API gives."""
+        shown = vars(p).pop(_SHOWN, [])
+        vars(p).pop(VIEWS, None)
+        processed.images.extend(shown)
+        processed.infotexts.extend([texts.SEEN] * len(shown))
 
 
 def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:

@@ -21,3 +21,6 @@ RESOLUTION = "resolution"
 HEADS = "heads"
 ALONE = "cost alone"
 TRANSFORMERS = "Transformer blocks"
+
+SEEN = "What SAG saw: its mask over the picture, and below how much attention each place got"
+PERCENT = "{:.0%} of the way"

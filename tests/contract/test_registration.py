@@ -95,7 +95,7 @@ def pasted(host: Host, infotext: str) -> list[Any]:
     fields = dict(part.split(": ", 1) for part in infotext.splitlines()[-1].split(", ") if ": " in part)
     host.script_callbacks.run("infotext_pasted", infotext, fields)
     standing = [True, 4.0, 2.0, 3.0, "input.1", 0.3, 0.4, True, 9.0, "input.1", 0.3, 0.4, True,
-                0.9, "snf", "hires pass", True, 4.0, 9.0]  # fmt: skip
+                0.9, "snf", "hires pass", True, 4.0, 9.0, True]  # fmt: skip
     values = []
     for (control, key), odd in zip(host.script.infotext_fields, standing, strict=True):
         text, kind = fields.get(key), type(control.value)

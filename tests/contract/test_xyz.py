@@ -18,7 +18,7 @@ CELLS: dict[str, tuple[str, Any]] = {  # for each parameter a cell as typed, and
     "pag_blocks": ("input.3, d1", "input.3, d1"), "pag_start": ("0.2", 0.2), "pag_end": ("0.7", 0.7),
     "pag_fade": ("True", True), "rescale": ("0.5", 0.5), "rescale_mode": ("partial", "partial"),
     "hires_pass": ("first pass", "first pass"), "hires_own_scales": ("True", True), "hires_sag_scale": ("2", 2.0),
-    "hires_pag_scale": ("1", 1.0),
+    "hires_pag_scale": ("1", 1.0), "sag_show": ("True", True),
 }
 BASE = {"sag_scale": 1, "pag_scale": 3, "rescale": 0.3}
 

@@ -150,3 +150,23 @@ def test_a_bad_value_is_refused_before_the_first_picture(label: str, values: str
     assert answer.status in (422, 500)
     assert answer.body["errors"]
     assert state(client)["calls"] == before
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"batch_size": 2, "n_iter": 2}, {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7}],
+    ids=str,
+)
+def test_what_sag_sees(client: Client, more: dict[str, Any]) -> None:
+    """One more picture for each, in the gallery's order at the end; no other picture changes."""
+    without = client.txt2img(**guided(sag_scale=1), **more)
+    shown = client.txt2img(**guided(sag_scale=1, sag_show=True), **more)
+    count = len(without.images)
+    made = more.get("batch_size", 1) * more.get("n_iter", 1)
+    assert len(shown.images) == count + made
+    for before, after in zip(without.images, shown.images[:count], strict=True):
+        assert np.array_equal(before, after)
+    for sheet in shown.images[count:]:
+        assert sheet.shape[1] > 3.5 * 256
+        assert sheet.std() > 10
+    assert "What SAG saw" in shown.info["infotexts"][-1]
+    assert len(client.txt2img(**guided(pag_scale=1)).images) == 1

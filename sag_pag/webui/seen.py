@@ -1,0 +1,61 @@
+"""Pictures of what SAG sees: its mask over the finished picture, and its attention map as a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from sag_pag.webui import texts
+
+POINTS = 4
+"""How many points of the run are shown."""
+
+View = tuple[float, Tensor, Tensor]
+"""Progress, attention ``(height, width)`` of the feature map with mean 1, mask of the latent."""
+
+_MASKED = np.array([255, 96, 0])
+_HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+_HOTTEST = 3.0
+"""Attention, relative to the average, that is drawn brightest."""
+_CELL, _LINE, _GAP = 256, 24, 6
+
+
+def chosen_points(views: Sequence[View]) -> list[View]:
+    """The first, the last and others evenly between them, none twice."""
+    count = min(POINTS, len(views))
+    return [views[round(index * (len(views) - 1) / max(count - 1, 1))] for index in range(count)]
+
+
+def show(picture: Image.Image, views: Sequence[View]) -> Image.Image:
+    """One picture of all: a column for each of some points of the run, the mask above, the heat map below."""
+    points = chosen_points(views)
+    scale = _CELL / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    width, height = size[0] + _GAP, size[1] + _GAP
+    sheet = Image.new("RGB", (len(points) * width + _GAP, _LINE + 2 * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for column, (progress, attention, mask) in enumerate(points):
+        left = _GAP + column * width
+        draw.text((left, _LINE // 3), texts.PERCENT.format(progress), fill="black", font=font)
+        sheet.paste(overlay(small, mask), (left, _LINE))
+        sheet.paste(heat_map(attention, size), (left, _LINE + height))
+    return sheet
+
+
+def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
+    """The picture, coloured where the mask is 1."""
+    where = Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+    pixels = np.asarray(picture).astype(float)
+    covered = (np.asarray(where) > 0)[..., None]
+    return Image.fromarray(np.where(covered, 0.5 * pixels + 0.5 * _MASKED, pixels).astype(np.uint8))
+
+
+def heat_map(attention: Tensor, size: tuple[int, int]) -> Image.Image:
+    """Attention in colours from black (none) over violet and orange to yellow (three times the average)."""
+    level = attention.double().clamp(0, _HOTTEST).numpy() / _HOTTEST * (len(_HEAT) - 1)
+    colours = np.stack([np.interp(level, np.arange(len(_HEAT)), channel) for channel in _HEAT.T], axis=-1)
+    return Image.fromarray(colours.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
