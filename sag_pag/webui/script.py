@@ -7,9 +7,10 @@ from typing import Any
 from modules import script_callbacks, scripts
 
 from sag_pag.session import check_blocks
-from sag_pag.settings import PARAMETERS, SettingError, Settings, complete_infotext
+from sag_pag.settings import PARAMETERS, SettingError, Settings
 from sag_pag.webui import xyz
 from sag_pag.webui.panel import TITLE, build_panel
+from sag_pag.webui.pasting import on_infotext_pasted
 from sag_pag.webui.runs import NOTE, Callbacks
 
 try:
@@ -60,11 +61,6 @@ def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:
     except SettingError as error:
         return error
     return settings
-
-
-def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
-    """Adds to a pasted text what it says without naming it."""
-    params.update(complete_infotext(params))
 
 
 def register() -> None:

@@ -22,6 +22,19 @@ class Block:
         return None
 
 
+def Warning(message: str) -> None:  # noqa: A001, N802 - gradio's name
+    """A message on the page."""
+    shown.append(message)
+
+
+def Info(message: str) -> None:  # noqa: N802 - gradio's name
+    """A message on the page that is no warning."""
+    shown.append(message)
+
+
+shown: list[str] = []
+"""Every message so far."""
+
 made: list[Block] = []
 """Every component in the order of making."""
 
