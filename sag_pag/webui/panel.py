@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from sag_pag.settings import PARAMETERS, Feature, Parameter
+from sag_pag.webui.presets_ui import PresetControls
 
 TITLE = "Self-Attention & Perturbed-Attention Guidance"
 
@@ -39,6 +40,7 @@ def build_panel(elem_id: Callable[[str], str], *, switch: Switch | None) -> list
                     made[name] = _control(PARAMETERS[name], elem_id(name))
 
     with gr.Accordion(TITLE, open=False, elem_id=elem_id("panel")):
+        presets = PresetControls(elem_id)
         for feature in ("pag", "sag"):
             parameter = PARAMETERS[f"{feature}_enabled"]
             if switch is None:
@@ -52,6 +54,7 @@ def build_panel(elem_id: Callable[[str], str], *, switch: Switch | None) -> list
                 made[parameter.name] = component
         with gr.Accordion("Both: contrast and hires. fix", open=False, elem_id=elem_id("both")):
             rows("both")
+    presets.connect([made[name] for name in PARAMETERS])
     return [made[name] for name in PARAMETERS]
 
 

@@ -21,8 +21,16 @@ class Block:
     def __exit__(self, *_: object) -> None:
         return None
 
+    def _listen(self, fn: Any, **kwargs: Any) -> None:
+        """An event, which the double never fires."""
 
-def Warning(message: str) -> None:  # noqa: A001, N802 - gradio's name
+    click = input = focus = submit = _listen
+
+    def attach_load_event(self, fn: Any, every: float | None) -> None:
+        """Something to do when the page is loaded, which it never is."""
+
+
+def Warning(message: str) -> None:  # noqa: N802 - gradio's name
     """A message on the page."""
     shown.append(message)
 
@@ -44,6 +52,14 @@ class Accordion(Block):
 
 
 class Blocks(Block):
+    pass
+
+
+class Button(Block):
+    pass
+
+
+class State(Block):
     pass
 
 
