@@ -247,7 +247,7 @@ class PresetStore:
 
     def _store(self, presets: Sequence[Preset]) -> None:
         content = {"presets": [{"name": preset.name, "values": dict(preset.values)} for preset in presets]}
-        data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(content, indent=2) + "\n").encode()
         new = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex}.tmp")
         try:
             try:

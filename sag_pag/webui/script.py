@@ -63,10 +63,18 @@ def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:
     return settings
 
 
+def add_routes(demo: Any, app: Any) -> None:
+    """Adds our HTTP routes to the WebUI's. Imported late: only a server that has started needs them."""
+    from sag_pag.webui import routes
+
+    routes.add_routes(demo, app)
+
+
 def register() -> None:
     """Registers all callbacks and axes. The WebUI forgets them on every "Reload UI" and runs the script file again."""
     script_callbacks.on_cfg_denoiser(CALLBACKS.on_cfg_denoiser)
     script_callbacks.on_cfg_denoised(CALLBACKS.on_cfg_denoised)
     script_callbacks.on_cfg_after_cfg(CALLBACKS.on_cfg_after_cfg)
     script_callbacks.on_infotext_pasted(on_infotext_pasted)
+    script_callbacks.on_app_started(add_routes)
     xyz.register_axes()
