@@ -18,6 +18,8 @@ except ImportError:  # without the WebUI
     ToolButton = None
 
 _SAVE, _RENAME, _DELETE = "save", "rename", "delete"
+_REFRESH_ALL = "() => { sagPagRefreshPresets(); }"
+"""Reads the list again in every panel of the page; see ``javascript/presets.js``."""
 
 
 class PresetControls:
@@ -33,6 +35,7 @@ class PresetControls:
             self.save = _button("💾", "Save the panel's values as a preset of your own", elem_id("preset_save"))
             self.rename = _button("✏️", "Rename the chosen preset", elem_id("preset_rename"))
             self.delete = _button("🗑️", "Delete the chosen preset", elem_id("preset_delete"))
+            self.refresh = gr.Button("Read the presets again", visible=False, elem_id=elem_id("preset_refresh"))
         with gr.Row(visible=False, elem_id=elem_id("preset_question")) as self.question:
             self.name = gr.Textbox(label="Name of the preset", max_lines=1, elem_id=elem_id("preset_name"))
             self.yes = _button("✔️", "Do it", elem_id("preset_yes"))
@@ -40,17 +43,19 @@ class PresetControls:
         self.asked = gr.State("")
         self.status = gr.HTML(self._status(), elem_id=elem_id("preset_status"))
         for control in (
-            self.chosen, self.save, self.rename, self.delete, self.name, self.yes, self.no, self.asked, self.status,
+            self.chosen, self.save, self.rename, self.delete, self.refresh, self.name, self.yes, self.no, self.asked,
+            self.status,
         ):
             control.do_not_save_to_config = True
 
     def connect(self, controls: Sequence[Any]) -> None:
         """Ties the presets to the panel's controls, which are in the order of ``PARAMETERS``."""
         plain = {"show_progress": False, "queue": False}
-        self.chosen.attach_load_event(self._refresh, None)  # the page may be older than the file
+        self.chosen.attach_load_event(self._refresh, None)  # the panel may be older than the file
         self.status.attach_load_event(self._status, None)
-        self.chosen.focus(self._refresh, outputs=[self.chosen], **plain)
-        self.chosen.input(self._choose, inputs=[self.chosen], outputs=[*controls, self.status], **plain)
+        self.refresh.click(self._refresh, outputs=[self.chosen], **plain)
+        # "select", not "input": that one is silent where the same is chosen once more
+        self.chosen.select(self._choose, outputs=[*controls, self.status], **plain)
         asking = [self.asked, self.question, self.name, self.status]
         self.save.click(self._ask_save, inputs=[self.chosen], outputs=asking, **plain)
         self.rename.click(self._ask_rename, inputs=[self.chosen], outputs=asking, **plain)
@@ -59,8 +64,8 @@ class PresetControls:
             "inputs": [self.asked, self.chosen, self.name, *controls],
             "outputs": [self.chosen, self.question, self.status], **plain,
         }
-        self.yes.click(self._do, **answer)
-        self.name.submit(self._do, **answer)
+        for event in (self.yes.click, self.name.submit):
+            event(self._do, **answer).then(fn=None, _js=_REFRESH_ALL)
         self.no.click(lambda: (gr.update(visible=False), self._status()), outputs=[self.question, self.status], **plain)
 
     def _names(self) -> list[str]:
@@ -85,9 +90,9 @@ class PresetControls:
         ]
         return "<br>".join(lines)
 
-    def _choose(self, name: str | None) -> list[Any]:
+    def _choose(self, event: gr.SelectData) -> list[Any]:
         try:
-            preset = self.store.get(name or "")
+            preset = self.store.get(str(event.value))
         except PresetError as error:
             return [*(gr.update() for _ in PARAMETERS), self._status(error=error)]
         return [*(gr.update(value=value) for value in preset.settings().values()), self._status(preset.description)]

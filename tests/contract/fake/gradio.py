@@ -21,10 +21,11 @@ class Block:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def _listen(self, fn: Any, **kwargs: Any) -> None:
+    def _listen(self, fn: Any, **kwargs: Any) -> Block:
         """An event, which the double never fires."""
+        return self
 
-    click = input = focus = submit = _listen
+    click = select = submit = then = _listen
 
     def attach_load_event(self, fn: Any, every: float | None) -> None:
         """Something to do when the page is loaded, which it never is."""
