@@ -164,9 +164,21 @@
         update();
     }
 
+    // Names for screen readers that gradio and the WebUI leave out: a slider's number, an accordion's checkbox.
+    function name(panel) {
+        for (const input of panel.querySelectorAll("input[type=number]:not([aria-label])")) {
+            const label = input.closest(".block").querySelector("[data-testid=block-info]");
+            if (label) input.setAttribute("aria-label", label.textContent.trim());
+        }
+        for (const input of panel.querySelectorAll(".label-wrap input[type=checkbox]")) {
+            input.setAttribute("aria-label", input.closest(".label-wrap").textContent.trim());
+        }
+    }
+
     function setUp(panel) {
         listen(panel);
         head(panel);
+        name(panel);
         panel.querySelectorAll(".sag-pag-blocks").forEach(follow);
         panel.classList.add("sag-pag-ready");
     }

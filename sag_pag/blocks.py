@@ -85,6 +85,7 @@ class Topology:
         except AttributeError as error:
             raise TypeError(f"{type(unet).__name__} has no input_blocks, middle_block and output_blocks") from error
         self.unet = unet
+        self._downsamples = sum(_ends_stage(block, "Downsample") for block in inputs)
         self.blocks: tuple[nn.Module, ...] = (*inputs, middle, *outputs)
         self.sites: tuple[AttentionSite, ...] = (
             *_part_sites("input", inputs, ends_stage="Downsample"),
@@ -95,6 +96,11 @@ class Topology:
     def block_names(self) -> list[str]:
         """The names of the blocks that hold self-attention, in order."""
         return list(dict.fromkeys(site.block_name for site in self.sites))
+
+    def downscale(self, site: AttentionSite) -> int:
+        """How many latent pixels there are to a side of one of the site's tokens: 1, 2, 4 or 8."""
+        stages = {"input": site.stage, "middle": self._downsamples, "output": self._downsamples - site.stage}
+        return int(2 ** stages[site.part])
 
     def describe(self) -> str:
         """The valid names in one line, with the transformer blocks where a block has several."""
@@ -199,6 +205,11 @@ def _part_sites(part: Part, blocks: Sequence[nn.Module], *, ends_stage: str) -> 
                     ))
                 depth += 1
         position += bool(transformers)
-        if any(type(layer).__name__ == ends_stage for layer in block.children()):
+        if _ends_stage(block, ends_stage):
             stage, position = stage + 1, 0
     return sites
+
+
+def _ends_stage(block: nn.Module, layer_name: str) -> bool:
+    """Whether the resolution changes after this block."""
+    return any(type(layer).__name__ == layer_name for layer in block.children())

@@ -91,6 +91,14 @@ class UNetCost:
         """Reading one row's attention map beside the host's own attention."""
         return self._map_inputs(site) + self._map_of(site)
 
+    def perturbing_alone(self, sites: tuple[AttentionSite, ...]) -> float:
+        """A step with CFG and PAG at these sites, over the step without PAG."""
+        return 1 + self.perturbed_row(sites) / (2 * self.row)
+
+    def reading_alone(self, site: AttentionSite) -> float:
+        """A step with CFG and SAG that reads this site, over the step without SAG."""
+        return 1 + (self.row + self.reading(site)) / (2 * self.row)
+
     def _map_inputs(self, site: AttentionSite) -> int:
         tokens = self.map_sizes[site][0] * self.map_sizes[site][1]
         return sum(_linear(site.attention.get_submodule(name), tokens) for name in ("to_q", "to_k"))

@@ -84,8 +84,7 @@ def _button(
     cost: UNetCost, sites: Sequence[AttentionSite], name: str, label: str, *, many: bool, place: str = "",
 ) -> str:
     """A block or transformer block with what is to be known about it, for people who point and for screen readers."""
-    extra = cost.perturbed_row(tuple(sites)) if many else cost.row + cost.reading(sites[0])
-    ratio = f"≈ {1 + extra / (2 * cost.row):.2f}×"
+    ratio = f"≈ {cost.perturbing_alone(tuple(sites)) if many else cost.reading_alone(sites[0]):.2f}×"
     size, heads = _size(cost.map_sizes[sites[0]]), int(sites[0].attention.heads)  # type: ignore[arg-type]
     return (
         f'<button type="button" class="sag-pag-cell" {place} tabindex="-1" aria-pressed="false" '

@@ -16,6 +16,7 @@ from sag_pag.session import check_blocks
 from sag_pag.settings import FEATURES, PARAMETERS, Feature, Parameter, SettingError, Settings
 from sag_pag.webui import texts
 from sag_pag.webui.blockmap import block_map, selection
+from sag_pag.webui.presets_ui import PresetControls
 
 Switch = Callable[..., AbstractContextManager[Any]]
 """Makes an accordion that is also a checkbox, as the WebUI's ``InputAccordion``."""
@@ -66,11 +67,13 @@ class Panel:
         with gr.Accordion(texts.PANEL, open=False, elem_id=elem_id("panel"), elem_classes="sag-pag-panel"):
             self.cost = gr.HTML(_cost_line(Settings(), None), elem_id=elem_id("cost"), elem_classes="sag-pag-cost")
             self.refresh = gr.Button("⟳", visible=False, elem_id=elem_id("refresh"), elem_classes="sag-pag-refresh")
+            presets = PresetControls(elem_id)
             for feature in reversed(FEATURES):
                 self._feature(feature, switch)
             with gr.Accordion(texts.BOTH, open=False, elem_id=elem_id("both")):
                 self._rows("both")
         self.controls = [self._made[name] for name in PARAMETERS]
+        presets.connect(self.controls)
 
     def _feature(self, feature: Feature, switch: Switch | None) -> None:
         parameter = PARAMETERS[f"{feature}_enabled"]

@@ -6,9 +6,10 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
-from sag_pag.settings import PARAMETERS, SettingError, Settings, complete_infotext
+from sag_pag.settings import PARAMETERS, SettingError, Settings
 from sag_pag.webui import host, texts, xyz
 from sag_pag.webui.panel import Panel, Surroundings
+from sag_pag.webui.pasting import on_infotext_pasted
 from sag_pag.webui.runs import NOTE, VIEWS, Callbacks
 from sag_pag.webui.seen import show
 
@@ -103,9 +104,11 @@ def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:
     return settings
 
 
-def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
-    """Adds to a pasted text what it says without naming it."""
-    params.update(complete_infotext(params))
+def add_routes(demo: Any, app: Any) -> None:
+    """Adds our HTTP routes to the WebUI's. Imported late: only a server that has started needs them."""
+    from sag_pag.webui import routes
+
+    routes.add_routes(demo, app)
 
 
 def register() -> None:
@@ -114,4 +117,5 @@ def register() -> None:
     script_callbacks.on_cfg_denoised(CALLBACKS.on_cfg_denoised)
     script_callbacks.on_cfg_after_cfg(CALLBACKS.on_cfg_after_cfg)
     script_callbacks.on_infotext_pasted(on_infotext_pasted)
+    script_callbacks.on_app_started(add_routes)
     xyz.register_axes()

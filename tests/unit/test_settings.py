@@ -16,12 +16,12 @@ from sag_pag.settings import HIRES_PASSES, PARAMETERS, RESCALE_MODES, Parameter,
 ORDER = (  # the positional order of the API: append only
     "sag_enabled", "sag_scale", "sag_threshold", "sag_blur_sigma", "sag_block", "sag_start", "sag_end",
     "pag_enabled", "pag_scale", "pag_blocks", "pag_start", "pag_end", "pag_fade",
-    "rescale", "rescale_mode", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale",
+    "rescale", "rescale_mode", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale", "sag_show",
 )
 DEFAULTS = (
     False, 0.75, 1.0, 1.0, "middle", 0.0, 1.0,
     False, 3.0, "middle", 0.0, 1.0, False,
-    0.0, "full", "both passes", False, 0.75, 3.0,
+    0.0, "full", "both passes", False, 0.75, 3.0, False,
 )
 FLOATS = [p for p in PARAMETERS.values() if p.kind == "float"]
 BOOLS = [p for p in PARAMETERS.values() if p.kind == "bool"]
@@ -159,7 +159,7 @@ def test_short_lists_take_defaults(count: int) -> None:
 
 
 def test_a_list_that_is_too_long() -> None:
-    with pytest.raises(SettingError, match=r"args: '20 values' can't be used; allowed: at most 19 values"):
+    with pytest.raises(SettingError, match=r"args: '21 values' can't be used; allowed: at most 20 values"):
         Settings.from_list([*DEFAULTS, 1])
 
 

@@ -100,10 +100,18 @@ class Client:
 
     url: str
 
-    def request(self, path: str, payload: Json | None = None, *, timeout: float = REQUEST_TIMEOUT_S) -> Response:
-        """GET without a payload, POST with one; every HTTP status is an answer, not an exception."""
+    def request(
+        self, path: str, payload: Json | None = None, *, timeout: float = REQUEST_TIMEOUT_S, auth: str | None = None
+    ) -> Response:
+        """GET without a payload, POST with one; every HTTP status is an answer, not an exception.
+
+        ``auth`` is ``user:password``.
+        """
         data = None if payload is None else json.dumps(payload).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        if auth is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode("ascii")
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 status, text = answer.status, answer.read()

@@ -157,7 +157,7 @@ class Server:
         if "Startup time:" not in log or "Model loaded in" not in log:
             return False
         try:
-            return self.client.request("/sdapi/v1/memory", timeout=5).status == 200
+            return self.client.request("/sdapi/v1/memory", timeout=5).status in (200, 401)  # with --api-auth
         except OSError:
             return False
 

@@ -56,7 +56,8 @@ def test_clicking_and_typing_follow_each_other(page: Any, client: Client, tab: s
     assert chosen(page, tab, "sag_block") == "input.5"
     assert chosen(page, tab) == "d1, output.9-10"
     block(page, "input.7", tab).hover()
-    assert "8×8" in panel.locator(".sag-pag-block:visible").inner_text() or "16×16" in panel.inner_text()
+    about = panel.locator(".sag-pag-block:visible").first.inner_text()
+    assert re.search(r"input\.7\s+resolution 16×16\s+heads 4\s+cost alone ≈ 1\.\d\d× per guided step", about), about
     screenshot(panel, f"map-{tab}")
 
 
@@ -158,6 +159,7 @@ def test_without_our_javascript(browser: Any, webui: Server) -> None:
     text_field(page, "txt2img", "pag_blocks").fill("output.3")
     page.wait_for_timeout(WAIT)
     assert "1." in panel.locator(".sag-pag-cost .sag-pag-line").inner_text()
+    page.locator("#txt2img_steps input[type=number]").fill("2")
     page.locator("#txt2img_generate").click()
     page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
     page.wait_for_timeout(1500)

@@ -21,6 +21,28 @@ class Block:
     def __exit__(self, *_: object) -> None:
         return None
 
+    def _listen(self, fn: Any, **kwargs: Any) -> Block:
+        """An event, which the double never fires."""
+        return self
+
+    click = select = submit = then = _listen
+
+    def attach_load_event(self, fn: Any, every: float | None) -> None:
+        """Something to do when the page is loaded, which it never is."""
+
+
+def Warning(message: str) -> None:  # noqa: N802 - gradio's name
+    """A message on the page."""
+    shown.append(message)
+
+
+def Info(message: str) -> None:  # noqa: N802 - gradio's name
+    """A message on the page that is no warning."""
+    shown.append(message)
+
+
+shown: list[str] = []
+"""Every message so far."""
 
 made: list[Block] = []
 """Every component in the order of making."""
@@ -35,6 +57,10 @@ class Blocks(Block):
 
 
 class Button(Block):
+    pass
+
+
+class State(Block):
     pass
 
 

@@ -1,0 +1,29 @@
+"""Reading a picture's metadata back: ours, and other extensions'."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import gradio as gr
+
+from sag_pag.migration import migrate
+from sag_pag.settings import complete_infotext
+
+logger = logging.getLogger(__name__)
+
+
+def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
+    """Adds to a pasted text what it says in other extensions' fields, and what it says without naming it.
+
+    What could not be taken over is shown on the page, and logged: the API has no page.
+    """
+    migration = migrate(params)
+    params.update(migration.fields)
+    params.update(complete_infotext(params))
+    if migration.notes:
+        logger.warning("%s", migration.message)
+        gr.Warning(migration.message)
+    elif migration.message:
+        logger.info("%s", migration.message)
+        gr.Info(migration.message)

@@ -1,0 +1,152 @@
+"""The panel's preset controls. Needs gradio but not the WebUI. They are no arguments of the script."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from sag_pag.presets import STORE, PresetError, PresetStore
+from sag_pag.session import check_blocks
+from sag_pag.settings import PARAMETERS, SettingError, Settings
+
+try:
+    from modules.ui_components import ToolButton
+except ImportError:  # without the WebUI
+    ToolButton = None
+
+_SAVE, _RENAME, _DELETE = "save", "rename", "delete"
+_REFRESH_ALL = "() => { sagPagRefreshPresets(); }"
+"""Reads the list again in every panel of the page; see ``javascript/presets.js``."""
+
+
+class PresetControls:
+    """Dropdown, buttons, and a row that asks for a name or for consent. ``connect`` ties them to the panel."""
+
+    def __init__(self, elem_id: Callable[[str], str], *, store: PresetStore = STORE) -> None:
+        self.store = store
+        with gr.Row(elem_id=elem_id("preset_row")):
+            self.chosen = gr.Dropdown(
+                label="Preset", choices=self._names(), value=None, elem_id=elem_id("preset"),
+                info="Sets all controls below; the sentence under it says when to use it.",
+            )
+            self.save = _button("💾", "Save the panel's values as a preset of your own", elem_id("preset_save"))
+            self.rename = _button("✏️", "Rename the chosen preset", elem_id("preset_rename"))
+            self.delete = _button("🗑️", "Delete the chosen preset", elem_id("preset_delete"))
+            self.refresh = gr.Button("Read the presets again", visible=False, elem_id=elem_id("preset_refresh"))
+        with gr.Row(visible=False, elem_id=elem_id("preset_question")) as self.question:
+            self.name = gr.Textbox(label="Name of the preset", max_lines=1, elem_id=elem_id("preset_name"))
+            self.yes = _button("✔️", "Do it", elem_id("preset_yes"))
+            self.no = _button("✖️", "Leave everything as it is", elem_id("preset_no"))
+        self.asked = gr.State("")
+        self.status = gr.HTML(self._status(), elem_id=elem_id("preset_status"))
+        for control in (
+            self.chosen, self.save, self.rename, self.delete, self.refresh, self.name, self.yes, self.no, self.asked,
+            self.status,
+        ):
+            control.do_not_save_to_config = True
+
+    def connect(self, controls: Sequence[Any]) -> None:
+        """Ties the presets to the panel's controls, which are in the order of ``PARAMETERS``."""
+        plain = {"show_progress": False, "queue": False}
+        self.chosen.attach_load_event(self._refresh, None)  # the panel may be older than the file
+        self.status.attach_load_event(self._status, None)
+        self.refresh.click(self._refresh, outputs=[self.chosen], **plain)
+        # "select", not "input": that one is silent where the same is chosen once more
+        self.chosen.select(self._choose, outputs=[*controls, self.status], **plain)
+        asking = [self.asked, self.question, self.name, self.status]
+        self.save.click(self._ask_save, inputs=[self.chosen], outputs=asking, **plain)
+        self.rename.click(self._ask_rename, inputs=[self.chosen], outputs=asking, **plain)
+        self.delete.click(self._ask_delete, inputs=[self.chosen], outputs=asking, **plain)
+        answer = {
+            "inputs": [self.asked, self.chosen, self.name, *controls],
+            "outputs": [self.chosen, self.question, self.status], **plain,
+        }
+        for event in (self.yes.click, self.name.submit):
+            event(self._do, **answer).then(fn=None, _js=_REFRESH_ALL)
+        self.no.click(lambda: (gr.update(visible=False), self._status()), outputs=[self.question, self.status], **plain)
+
+    def _names(self) -> list[str]:
+        try:
+            return [preset.name for preset in self.store.all()]
+        except PresetError:
+            return []  # ``_status`` says why
+
+    def _refresh(self) -> Any:
+        return gr.update(choices=self._names())
+
+    def _status(self, text: str = "", *, error: object = None) -> str:
+        """What stands under the dropdown; a broken file is named for as long as the WebUI runs."""
+        try:
+            self.store.all()
+        except PresetError as unreadable:
+            error = error or unreadable
+        lines = [html.escape(text)] if text else []
+        lines += [
+            f'<span style="color: var(--error-text-color, #b91c1c)">{html.escape(str(problem))}</span>'
+            for problem in (error, self.store.problem) if problem
+        ]
+        return "<br>".join(lines)
+
+    def _choose(self, event: gr.SelectData) -> list[Any]:
+        try:
+            preset = self.store.get(str(event.value))
+        except PresetError as error:
+            return [*(gr.update() for _ in PARAMETERS), self._status(error=error)]
+        return [*(gr.update(value=value) for value in preset.settings().values()), self._status(preset.description)]
+
+    def _ask_save(self, chosen: str | None) -> tuple[Any, ...]:
+        try:
+            suggestion = self.store.get_own(chosen).name
+        except PresetError:
+            suggestion = ""  # nothing chosen, or one that is built in: a new name is needed
+        return self._ask(_SAVE, "A name that you have used already gets the new values.", suggestion)
+
+    def _ask_rename(self, chosen: str | None) -> tuple[Any, ...]:
+        return self._ask_about_own(_RENAME, chosen, "The new name?")
+
+    def _ask_delete(self, chosen: str | None) -> tuple[Any, ...]:
+        return self._ask_about_own(_DELETE, chosen, f'Delete "{chosen}"?')
+
+    def _ask_about_own(self, what: str, chosen: str | None, question: str) -> tuple[Any, ...]:
+        try:
+            name = self.store.get_own(chosen).name
+        except PresetError as error:
+            return "", gr.update(visible=False), gr.update(), self._status(error=error)
+        return self._ask(what, question, name)
+
+    def _ask(self, what: str, question: str, name: str) -> tuple[Any, ...]:
+        shown = gr.update(value=name, visible=what != _DELETE)
+        return what, gr.update(visible=True), shown, self._status(question)
+
+    def _do(self, asked: str, chosen: str | None, name: str, *values: Any) -> tuple[Any, ...]:
+        try:
+            now, done = self._change(asked, chosen, name, values)
+        except (PresetError, SettingError) as error:
+            return gr.update(choices=self._names()), gr.update(), self._status(error=error)
+        return gr.update(choices=self._names(), value=now), gr.update(visible=False), self._status(done)
+
+    def _change(
+        self, asked: str, chosen: str | None, name: str, values: Sequence[Any]
+    ) -> tuple[str | None, str]:
+        """Does what was asked for; what is chosen then, and what was done. Raises as the store and ``Settings`` do."""
+        if asked == _SAVE:
+            settings = Settings.from_list(values)
+            settings.check_order()
+            check_blocks(settings, None)
+            saved = self.store.save(name, settings).name
+            return saved, f'Saved as "{saved}".'
+        own = self.store.get_own(chosen).name
+        if asked == _RENAME:
+            renamed = self.store.rename(own, name).name
+            return renamed, f'"{own}" is "{renamed}" now.'
+        self.store.delete(own)
+        return None, f'"{own}" was deleted.'
+
+
+def _button(text: str, tooltip: str, elem_id: str) -> Any:
+    if ToolButton is None:
+        return gr.Button(text, elem_id=elem_id)
+    return ToolButton(text, elem_id=elem_id, tooltip=tooltip)
