@@ -115,8 +115,7 @@ def run_grid(arguments: Sequence[str]) -> None:
         for caption in prompts:
             parse(caption)
         settings = Settings(**{name: PARAMETERS[name].parse(text) for name, text in given.items()})  # type: ignore[arg-type]
-        settings.check_order()
-        grid.check_blocks_of(model, settings)
+        grid.check_settings(model, settings)
     except ValueError as error:
         parser.error(str(error))
     if not options.output.parent.is_dir():
@@ -155,9 +154,10 @@ def run_train(arguments: Sequence[str]) -> None:
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the shipped weights were)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--held-out", type=int, default=defaults.held_out, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    names = ("out", "steps", "batch", "seed", "autoencoder_steps", "learning_rate", "bf16", "device")
+    names = ("out", "steps", "batch", "seed", "autoencoder_steps", "learning_rate", "bf16", "device", "held_out")
     try:
         settings = train.TrainSettings(**{name: getattr(options, name) for name in names})
     except ValueError as error:

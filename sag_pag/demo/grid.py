@@ -81,9 +81,11 @@ def _font(size: int) -> Any:
         return ImageFont.load_default()
 
 
-def check_blocks_of(model: DemoModel, settings: Settings) -> None:
-    """Raises ``SettingError`` if the settings name blocks that the model does not have."""
-    check_blocks(settings.with_values(VARIANTS[-1][1]), Topology(model.unet))
+def check_settings(model: DemoModel, settings: Settings) -> None:
+    """Raises ``SettingError`` if a row could not be made: a range that ends before it starts, an unknown block."""
+    everything = settings.with_values(VARIANTS[-1][1])
+    everything.check_order()
+    check_blocks(everything, Topology(model.unet))
 
 
 def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[int], zoom: int = 2) -> Image.Image:

@@ -88,26 +88,13 @@ def test_as_a_module() -> None:
     assert "evaluate" in done.stdout
 
 
-def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "run")
-    cli.main(
-        [
-            "train",
-            "--out",
-            out,
-            "--steps",
-            "1",
-            "--batch",
-            "2",
-            "--threads",
-            "1",
-            "--device",
-            "cpu",
-            "--autoencoder-steps",
-            "2",
-        ]
-    )
+def test_training_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = "--steps 1 --batch 2 --autoencoder-steps 2 --held-out 8 --threads 1 --device cpu"
+    cli.main(["train", "--out", str(tmp_path / "run"), *few.split()])
     assert Path(capsys.readouterr().out.strip()).name == "weights.safetensors"
+    monkeypatch.setattr(classifier, "HELD_OUT", 50)
     judge = tmp_path / "judge.safetensors"
     cli.main(["train-classifier", "--out", str(judge), "--steps", "1", "--threads", "1"])
     assert "accuracy by slot" in capsys.readouterr().out
@@ -183,7 +170,7 @@ def test_sweeps_start_from_their_baseline(sweep: str) -> None:
         assert not chosen[0].recipe.settings.enabled
         assert all(point.recipe.settings.enabled for point in chosen[1:])
         assert all(point.baseline.recipe == chosen[0].recipe for point in chosen)
-        assert len({point.label for point in chosen}) == len(chosen) > 5
+        assert len({point.label for point in chosen}) == len(chosen) >= 5
 
 
 def test_unknown_sweep() -> None:
