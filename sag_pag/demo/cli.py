@@ -1,8 +1,9 @@
-"""The command line: ``python -m sag_pag.demo [grid|train|train-classifier|evaluate] [options]``."""
+"""The command line: ``python -m sag_pag.demo [grid|page|train|train-classifier|evaluate] [options]``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import sys
@@ -17,17 +18,9 @@ from sag_pag.demo import classifier, evaluate, grid, points, report, train
 from sag_pag.demo.captions import parse
 from sag_pag.demo.model import WEIGHTS, DemoModel, load
 from sag_pag.demo.progress import Progress
-from sag_pag.demo.sampling import SAMPLERS
+from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.settings import PARAMETERS, Settings
 
-CAPTIONS = (
-    "red star on green",
-    "yellow moon on black",
-    "white heart on red",
-    "purple cross on striped orange",
-    "green disc and orange square on blue",
-    "red heart and white star on purple",
-)
 HOST_ONLY = ("sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale")
 
 
@@ -45,21 +38,21 @@ def say(line: str) -> None:
 
 
 def _seeds(text: str) -> list[int]:
-    """``1-4,9`` as 1, 2, 3, 4, 9."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r} are no seeds; write them like 1-4,9")
-        seeds += range(int(first), int(last or first) + 1)
-    if not 0 < len(seeds) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r} are {len(seeds)} seeds; 1 to 64 can be shown")
-    return seeds
+    try:
+        return parse_seeds(text, most=64)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
     return int(text)
 
 
@@ -108,7 +101,7 @@ def run_grid(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model = _model(parser, options.weights)
-    prompts = options.prompt or CAPTIONS
+    prompts = options.prompt or grid.CAPTIONS
     captions = [prompts[index % len(prompts)] for index in range(len(options.seeds))]
     given = {name: getattr(options, name) for name in PARAMETERS if getattr(options, name, None) is not None}
     try:
@@ -216,8 +209,28 @@ def run_evaluate(arguments: Sequence[str]) -> None:
             say(str(path.resolve()))
 
 
+def run_page(arguments: Sequence[str]) -> None:
+    """The panel in a browser."""
+    parser = _new_parser("page", "Serves a page with the WebUI's panel before the demo model, until it is stopped.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=7865, help="0 takes any free one (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    model = _model(parser, options.weights)
+    try:
+        page = importlib.import_module("sag_pag.demo.page")
+    except ImportError as error:
+        parser.error(f"the page needs gradio 3.41.2 and what goes with it ({error}): see requirements-demo.txt")
+    try:
+        page.serve(model, host=options.host, port=options.port, on_ready=lambda url: say(f"{url} (Ctrl+C stops it)"))
+    except OSError as error:
+        parser.error(f"can't serve at {options.host}, port {options.port}: {error.strerror or error}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "grid": run_grid,
+    "page": run_page,
     "train": run_train,
     "train-classifier": run_train_classifier,
     "evaluate": run_evaluate,

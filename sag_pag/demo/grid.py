@@ -17,6 +17,16 @@ from sag_pag.demo.sampling import Recipe, sample
 from sag_pag.session import check_blocks
 from sag_pag.settings import Settings
 
+CAPTIONS = (
+    "red star on green",
+    "yellow moon on black",
+    "white heart on red",
+    "purple cross on striped orange",
+    "green disc and orange square on blue",
+    "red heart and white star on purple",
+)
+"""What the grid shows unless told otherwise."""
+
 VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
     ("no guidance", {"sag_enabled": False, "pag_enabled": False}),
     ("SAG", {"sag_enabled": True, "pag_enabled": False}),
@@ -68,7 +78,8 @@ def _gigaflops_a_step(model: DemoModel, caption: str, *, recipe: Recipe, size: i
     return float(counter.get_total_flops()) / 1e9 / recipe.steps
 
 
-def _image(picture: Tensor, zoom: int) -> Image.Image:
+def to_image(picture: Tensor, zoom: int) -> Image.Image:
+    """A picture ``(3, H, W)`` in 0 to 1, enlarged."""
     array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
     image = Image.fromarray(array)
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
@@ -115,7 +126,7 @@ def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[i
                 continue
             pen.text((gap, y + height // 2 - 10), row.label, fill="black", font=large)
             for column, picture in enumerate(row.pictures):
-                image.paste(_image(picture, zoom), (left + column * (width + gap), y))
+                image.paste(to_image(picture, zoom), (left + column * (width + gap), y))
             y += height + gap
     return image.crop((0, 0, image.width, y))
 
