@@ -182,6 +182,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--group-size", type=_positive, default=100, help="samples a group (default: 100)")
     parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+    parser.add_argument("--float32", action="store_true", help="compute in float32 instead of bfloat16: twice the time")
+    parser.add_argument("--docs", type=Path, help="a page to write the tables into, like docs/demo-evaluation.md")
     parser.add_argument("--part", default="1/1", help="2/4: make the second quarter of the samples only, no results")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -191,13 +193,16 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         parser.error(f"{options.part!r} is no part; write it like 2/4")
     try:
         size = evaluate.Size(groups=options.groups, group=options.group_size)
+        if options.docs:
+            report.split_at_marks(options.docs)
     except ValueError as error:
         parser.error(str(error))
     if not options.no_plots and not report.can_plot():
         parser.error("the plots need matplotlib: install it, or say --no-plots")
     judge = evaluate.Evaluation(
-        _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size
-    )
+        _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size,
+        bf16=not options.float32,
+    )  # fmt: skip
     wanted = {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in options.sweep or ()}
     if options.all or not wanted:
         wanted = {"default": points.default_points(options.steps), **wanted}
@@ -205,7 +210,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         wanted |= {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in points.SWEEPS}
     judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))
     if int(parts) == 1:
-        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots):
+        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots, docs=options.docs):
             say(str(path.resolve()))
 
 

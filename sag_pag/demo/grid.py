@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.blocks import Topology
+from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import Recipe, sample
 from sag_pag.session import check_blocks
@@ -33,6 +34,9 @@ VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
     ("PAG", {"sag_enabled": False, "pag_enabled": True}),
     ("SAG + PAG", {"sag_enabled": True, "pag_enabled": True}),
 )
+
+
+_GREY, _BAND = (110, 115, 125), (232, 236, 242)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def make_rows(
         for label, switches in VARIANTS:
             recipe = Recipe(settings.with_values(switches), cfg=scale, steps=steps, sampler=sampler)
             began = time.perf_counter()
-            latent = sample(model, captions, seeds=seeds, recipe=recipe, size=size, on_step=on_step)
+            with fused_attention():
+                latent = sample(model, captions, seeds=seeds, recipe=recipe, size=size, on_step=on_step)
             seconds = (time.perf_counter() - began) / steps
             cost = _gigaflops_a_step(model, captions[0], recipe=recipe, size=size)
             rows.append(Row(label, scale, model.first_stage_model.decode(latent), seconds, cost))
@@ -100,34 +105,35 @@ def check_settings(model: DemoModel, settings: Settings) -> None:
 
 
 def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[int], zoom: int = 2) -> Image.Image:
-    """The labelled grid: a row for each variant, a column for each seed, a gap between without and with CFG."""
+    """The labelled grid: a column for each seed, a band of four rows without CFG and one with it."""
     height, width = (side * zoom for side in rows[0].pictures.shape[-2:])
-    gap, left, line = 6, 150, 22
+    gap, left, band = 6, 150, 30
     small, large = _font(12), _font(17)
-    blocks = sorted({row.cfg for row in rows})
-    image = Image.new(
-        "RGB",
-        (left + len(seeds) * (width + gap) + gap, len(rows) * (height + gap) + len(blocks) * 2 * line + 2 * line),
-        "white",
-    )
+    image = Image.new("RGB", (left + len(seeds) * (width + gap), 60 + len(rows) * (height + gap + band)), "white")
     pen = ImageDraw.Draw(image)
-    y = gap
-    for cfg in blocks:
-        title = "without CFG" if cfg == 1 else f"with CFG {cfg:g}"
-        pen.text((gap, y), title, fill="black", font=large)
-        for column, seed in enumerate(seeds):
-            text = captions[column] or "(no caption)"
-            lines = [f"seed {seed}", *_wrapped(text, pen=pen, font=small, width=width)]
-            for index, part in enumerate(lines[:3]):
-                pen.text((left + column * (width + gap), y + index * 13), part, fill="black", font=small)
-        y += 2 * line
-        for row in rows:
-            if row.cfg != cfg:
-                continue
-            pen.text((gap, y + height // 2 - 10), row.label, fill="black", font=large)
-            for column, picture in enumerate(row.pictures):
-                image.paste(to_image(picture, zoom), (left + column * (width + gap), y))
-            y += height + gap
+    columns = [left + index * (width + gap) for index in range(len(seeds))]
+    headings = [
+        [*_wrapped(caption or "(no caption)", pen=pen, font=small, width=width)[:3], f"seed {seed}"]
+        for caption, seed in zip(captions, seeds, strict=True)
+    ]
+    y = gap + 15 * max(len(lines) for lines in headings)
+    for x, lines in zip(columns, headings, strict=True):
+        for index, line in enumerate(reversed(lines)):
+            pen.text((x, y - 15 * (index + 1)), line, fill=_GREY if index == 0 else "black", font=small)
+    y += gap
+    costs = relative_costs(rows)
+    for index, row in enumerate(rows):
+        if index == 0 or row.cfg != rows[index - 1].cfg:
+            pen.rectangle((0, y, image.width, y + band - gap), fill=_BAND)
+            title = "without CFG" if row.cfg == 1 else f"with CFG {row.cfg:g}"
+            pen.text((2 * gap, y + 3), title, fill="black", font=large)
+            y += band
+        pen.text((2 * gap, y + height // 2 - 20), row.label, fill="black", font=large)
+        cost = f"{costs[index][0]:.2f}x the work" if row.label != VARIANTS[0][0] else ""
+        pen.text((2 * gap, y + height // 2 + 4), cost, fill=_GREY, font=small)
+        for x, picture in zip(columns, row.pictures, strict=True):
+            image.paste(to_image(picture, zoom), (x, y))
+        y += height + gap
     return image.crop((0, 0, image.width, y))
 
 
@@ -142,13 +148,20 @@ def _wrapped(text: str, *, pen: ImageDraw.ImageDraw, font: Any, width: int) -> l
     return lines
 
 
-def cost_lines(rows: Sequence[Row]) -> list[str]:
-    """For each row the seconds and the counted operations of a step, relative to the same without guidance."""
-    lines = []
+def relative_costs(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """For each row what a step takes relative to the same without guidance: counted operations, measured seconds."""
+    costs = []
     for row in rows:
         plain = next(other for other in rows if other.cfg == row.cfg and other.label == VARIANTS[0][0])
         counted = row.gigaflops_a_step / plain.gigaflops_a_step
-        measured = row.seconds_a_step / plain.seconds_a_step
+        costs.append((counted, row.seconds_a_step / plain.seconds_a_step))
+    return costs
+
+
+def cost_lines(rows: Sequence[Row]) -> list[str]:
+    """For each row the seconds and the counted operations of a step, relative to the same without guidance."""
+    lines = []
+    for row, (counted, measured) in zip(rows, relative_costs(rows), strict=True):
         mode = "without CFG" if row.cfg == 1 else f"CFG {row.cfg:g}"
         lines.append(
             f"{mode:<12} {row.label:<12} {row.seconds_a_step * 1000:6.0f} ms a step, {measured:.2f}x unguided"

@@ -70,6 +70,8 @@ def test_grid_with_one_prompt_for_all_and_no_cfg(tmp_path: Path, capsys: pytest.
         (["evaluate", "--group-size", "1"], "at least two groups"),
         (["evaluate", "--sweep", "magic"], "invalid choice: 'magic'"),
         (["evaluate", "--part", "3/2"], "'3/2' is no part"),
+        (["evaluate", "--docs", "/no/such/page.md"], "has no marks"),
+        (["page", "--port", "70000"], "'70000' is no port"),
     ],
 )
 def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +152,39 @@ def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
     assert float(rows[1]["gflop_per_picture"]) > 1.9 * float(rows[0]["gflop_per_picture"])
     table = (tmp_path / "default.md").read_text()
     assert table.count("\n| ") == 9
-    assert "Real pictures against real ones" in table
+    assert "As many real pictures against the same 200 real ones" in table
+
+
+def test_docs_get_the_tables_between_their_marks(judge: Evaluation, tmp_path: Path) -> None:
+    wanted = points_of_two_steps()
+    judge.make_all(wanted)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    plots = report.can_plot()
+    for _ in range(2):
+        report.write_all(judge, {"default": wanted}, out=tmp_path, plots=plots, docs=page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n\n## default\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    assert text.count("| unconditional | PAG |") == 1
+    assert "8 samples a line, in 2 groups of seeds" in text
+    assert ("![default" in text) == plots == (tmp_path / "page" / "default.png").is_file()
+    assert (tmp_path / "page" / "results.csv").read_bytes() == (tmp_path / "results.csv").read_bytes()
+
+
+def test_bfloat16_pictures_are_those_of_float32(judge: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To less than one of 256 steps of brightness on average, as ``evaluate`` says of itself."""
+    point = default_points(steps=8)[-1]
+    pictures = []
+    embed = judge.classifier.embed
+    monkeypatch.setattr(judge.classifier, "embed", lambda made: (pictures.append(made), embed(made))[1])
+    for bf16 in (True, False):
+        judge.bf16 = bf16
+        judge.make(point, 0)
+    half, full = torch.cat(pictures[:2]), torch.cat(pictures[2:])
+    assert not torch.equal(half, full)
+    assert (half - full).abs().mean() < 1 / 256
 
 
 def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
