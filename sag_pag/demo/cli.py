@@ -21,6 +21,8 @@ from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.settings import PARAMETERS, Settings
 
+FEW_THREADS = 1
+"""So small a batch of so small a model gains little from more, and loses a lot on a busy machine."""
 HOST_ONLY = ("sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale")
 
 
@@ -66,10 +68,11 @@ def _cfg(text: str) -> float:
     return scale
 
 
-def _new_parser(command: str, description: str) -> _Parser:
+def _new_parser(command: str, description: str, *, threads: int | None = None) -> _Parser:
     name = "python -m sag_pag.demo" + (f" {command}" if command != "grid" else "")
     parser = _Parser(prog=name, description=description)
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    shown = threads or "all cores"
+    parser.add_argument("--threads", type=_positive, default=threads, help=f"CPU threads (default: {shown})")
     return parser
 
 
@@ -81,7 +84,7 @@ def _model(parser: _Parser, path: Path) -> DemoModel:
 
 def run_grid(arguments: Sequence[str]) -> None:
     """The default command: one picture that shows what the guidances do."""
-    parser = _new_parser("grid", __doc__ or "")
+    parser = _new_parser("grid", __doc__ or "", threads=FEW_THREADS)
     parser.description = "Writes a grid: the same seeds without guidance, with SAG, PAG and both, without and with CFG."
     parser.epilog = f"Other commands: {', '.join(name for name in COMMANDS if name != 'grid')}; each has --help."
     parser.add_argument("--prompt", action="append", help="a caption like 'big red star on striped green'; repeatable")
@@ -173,6 +176,10 @@ def run_train_classifier(arguments: Sequence[str]) -> None:
 def run_evaluate(arguments: Sequence[str]) -> None:
     """The proof: Fréchet distance, precision, recall, caption agreement."""
     parser = _new_parser("evaluate", "Measures what guidance does to many samples; goes on where it was stopped.")
+    parser.epilog = (
+        "The default set takes about 54 minutes of one core; on two cores run it twice at once with --threads 1, as"
+        " --part 1/2 and --part 2/2, which takes half of that, and then once more without --part for the results."
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
     parser.add_argument(
         "--sweep", action="append", choices=points.SWEEPS, help="instead of the default set; repeatable"
@@ -216,7 +223,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
 
 def run_page(arguments: Sequence[str]) -> None:
     """The panel in a browser."""
-    parser = _new_parser("page", "Serves a page with the WebUI's panel before the demo model, until it is stopped.")
+    about = "Serves a page with the WebUI's panel before the demo model, until it is stopped."
+    parser = _new_parser("page", about, threads=FEW_THREADS)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=7865, help="0 takes any free one (default: %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)

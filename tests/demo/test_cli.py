@@ -11,13 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
-from sag_pag.demo import classifier, cli, evaluate, points, report
+from sag_pag.demo import classifier, cli, evaluate, grid, points, report
 from sag_pag.demo.evaluate import Evaluation, Size
 from sag_pag.demo.metrics import Moments, frechet_distance
 from sag_pag.demo.model import DemoModel, load
 from sag_pag.demo.points import Point, default_points, sweep_points
+from sag_pag.demo.sampling import Recipe, sample
 from sag_pag.demo.unet import redraw_
+from sag_pag.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,19 @@ def test_grid_is_written_and_costs_are_told(tmp_path: Path, capsys: pytest.Captu
 def test_grid_with_one_prompt_for_all_and_no_cfg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--seeds", "3", "--steps", "1", "--cfg", "1", "--prompt", "ring", "--output", str(tmp_path / "x.jpg")])
     assert len(capsys.readouterr().out.splitlines()) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "values"), [("euler", {}), ("heun", {}), ("dpm++2m", {"pag_end": 0.6}), ("euler", {"sag_start": 0.3})]
+)
+def test_counted_cost_is_that_of_all_steps(sampler: str, values: dict[str, object]) -> None:
+    model = load()
+    settings = Settings.from_dict({"sag_enabled": True, "pag_enabled": True, **values})
+    recipe = Recipe(settings, cfg=3.0, steps=5, sampler=sampler)
+    with FlopCounterMode(display=False) as counter:
+        sample(model, ["ring"], seeds=[0], recipe=recipe)
+    counted = grid.gigaflops_a_step(model, "ring", recipe=recipe)
+    assert counted == pytest.approx(counter.get_total_flops() / 1e9 / 5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
