@@ -18,11 +18,21 @@ if [ ! -e .venv-diffusers/ready ]; then
   .venv-diffusers/bin/pip install -q "torch==2.13.0" -r tests/requirements-diffusers.txt
   touch .venv-diffusers/ready
 fi
+if [ ! -e .venv-page/ready ]; then
+  "$python" -m venv --clear .venv-page
+  .venv-page/bin/pip install -q "torch==2.13.0" -r tests/requirements-page.txt
+  touch .venv-page/ready
+fi
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -q --ignore=tests/oracles/test_diffusers.py --ignore=tests/webui --ignore=tests/demo
-.venv/bin/python -m pytest -q tests/demo/test_unet.py  # the rest of the demo is not finished
+.venv/bin/python -m pytest -q --ignore=tests/oracles/test_diffusers.py --ignore=tests/webui \
+  --ignore=tests/demo/test_page.py
+if command -v chromium chromium-browser google-chrome >/dev/null; then
+  BROWSER_TESTS=1 .venv-page/bin/python -m pytest -q tests/demo/test_page.py
+else
+  echo "no chromium: the demo's page was not tried in a browser"
+fi
 if [ -n "${WEBUI_DIR:-}" ]; then
   .venv/bin/python -m pytest -q tests/webui
 else

@@ -28,11 +28,11 @@ from sag_pag.benchmark.steps import (
     METHODS,
     Method,
     Step,
-    fused_attention,
     random_unet,
     step_config,
     step_flops,
 )
+from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.unet import UNetKwargs
 
 Key = tuple[str, str]  # library and method

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.blocks import Topology
-from sag_pag.demo.unet import CrossAttention, UNetKwargs, UNetModel, redraw_, sd2_config, sd15_config, sdxl_config
+from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, sd2_config, sd15_config, sdxl_config
 from sag_pag.session import GuidedStep, RowLayout, SigmaSpace, plan_step
 from sag_pag.settings import Settings
 
@@ -117,23 +115,3 @@ def step_flops(
                 step.run(method, progress=progress)
             counts[name] = int(counter.get_total_flops())
     return counts
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Runs with torch's fused kernel on the attention class, as the WebUI's attention optimisations do."""
-    def forward(self: CrossAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return result
-
-    original = CrossAttention.forward
-    CrossAttention.forward = forward  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        CrossAttention.forward = original  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ from sag_pag.demo.progress import Progress
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 FEATURES = 96
 HELD_OUT_SEED = 2 * 10**6
+HELD_OUT = 2000
 
 ANSWERS = tuple(len(slot) + 1 for slot in SLOTS)
 """Answers a question (one question a caption slot): answer 0 is "there is none", answer k the slot's k-th word."""
@@ -110,9 +111,9 @@ def train_classifier(*, steps: int = 2000, batch: int = 64, learning_rate: float
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, *, count: int = 2000) -> list[float]:
-    """Share of right answers to each slot's question on pictures that training never drew."""
-    pictures, answers = draw(count, seed=HELD_OUT_SEED, step=0)
+def accuracy(model: Classifier, *, count: int | None = None) -> list[float]:
+    """Share of right answers to each slot's question on ``HELD_OUT`` pictures that training never drew."""
+    pictures, answers = draw(count or HELD_OUT, seed=HELD_OUT_SEED, step=0)
     logits = model(pictures)
     return [(slot.argmax(dim=1) == answers[:, index]).double().mean().item() for index, slot in enumerate(logits)]
 

@@ -1,8 +1,9 @@
-"""The command line: ``python -m sag_pag.demo [grid|train|train-classifier|evaluate] [options]``."""
+"""The command line: ``python -m sag_pag.demo [grid|page|train|train-classifier|evaluate] [options]``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import sys
@@ -17,18 +18,14 @@ from sag_pag.demo import classifier, evaluate, grid, points, report, train
 from sag_pag.demo.captions import parse
 from sag_pag.demo.model import WEIGHTS, DemoModel, load
 from sag_pag.demo.progress import Progress
-from sag_pag.demo.sampling import SAMPLERS
+from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.settings import PARAMETERS, Settings
 
-CAPTIONS = (
-    "red star on green",
-    "yellow moon on black",
-    "white heart on red",
-    "purple cross on striped orange",
-    "green disc and orange square on blue",
-    "red heart and white star on purple",
+FEW_THREADS = 1
+"""So small a batch of so small a model gains little from more, and loses a lot on a busy machine."""
+HOST_ONLY = (
+    "sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale", "sag_show",
 )
-HOST_ONLY = ("sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,21 +42,21 @@ def say(line: str) -> None:
 
 
 def _seeds(text: str) -> list[int]:
-    """``1-4,9`` as 1, 2, 3, 4, 9."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r} are no seeds; write them like 1-4,9")
-        seeds += range(int(first), int(last or first) + 1)
-    if not 0 < len(seeds) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r} are {len(seeds)} seeds; 1 to 64 can be shown")
-    return seeds
+    try:
+        return parse_seeds(text, most=64)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
     return int(text)
 
 
@@ -73,10 +70,11 @@ def _cfg(text: str) -> float:
     return scale
 
 
-def _new_parser(command: str, description: str) -> _Parser:
+def _new_parser(command: str, description: str, *, threads: int | None = None) -> _Parser:
     name = "python -m sag_pag.demo" + (f" {command}" if command != "grid" else "")
     parser = _Parser(prog=name, description=description)
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    shown = threads or "all cores"
+    parser.add_argument("--threads", type=_positive, default=threads, help=f"CPU threads (default: {shown})")
     return parser
 
 
@@ -88,7 +86,7 @@ def _model(parser: _Parser, path: Path) -> DemoModel:
 
 def run_grid(arguments: Sequence[str]) -> None:
     """The default command: one picture that shows what the guidances do."""
-    parser = _new_parser("grid", __doc__ or "")
+    parser = _new_parser("grid", __doc__ or "", threads=FEW_THREADS)
     parser.description = "Writes a grid: the same seeds without guidance, with SAG, PAG and both, without and with CFG."
     parser.epilog = f"Other commands: {', '.join(name for name in COMMANDS if name != 'grid')}; each has --help."
     parser.add_argument("--prompt", action="append", help="a caption like 'big red star on striped green'; repeatable")
@@ -108,15 +106,14 @@ def run_grid(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model = _model(parser, options.weights)
-    prompts = options.prompt or CAPTIONS
+    prompts = options.prompt or grid.CAPTIONS
     captions = [prompts[index % len(prompts)] for index in range(len(options.seeds))]
     given = {name: getattr(options, name) for name in PARAMETERS if getattr(options, name, None) is not None}
     try:
         for caption in prompts:
             parse(caption)
         settings = Settings(**{name: PARAMETERS[name].parse(text) for name, text in given.items()})  # type: ignore[arg-type]
-        settings.check_order()
-        grid.check_blocks_of(model, settings)
+        grid.check_settings(model, settings)
     except ValueError as error:
         parser.error(str(error))
     if not options.output.parent.is_dir():
@@ -155,9 +152,10 @@ def run_train(arguments: Sequence[str]) -> None:
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the shipped weights were)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--held-out", type=int, default=defaults.held_out, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    names = ("out", "steps", "batch", "seed", "autoencoder_steps", "learning_rate", "bf16", "device")
+    names = ("out", "steps", "batch", "seed", "autoencoder_steps", "learning_rate", "bf16", "device", "held_out")
     try:
         settings = train.TrainSettings(**{name: getattr(options, name) for name in names})
     except ValueError as error:
@@ -180,6 +178,10 @@ def run_train_classifier(arguments: Sequence[str]) -> None:
 def run_evaluate(arguments: Sequence[str]) -> None:
     """The proof: Fréchet distance, precision, recall, caption agreement."""
     parser = _new_parser("evaluate", "Measures what guidance does to many samples; goes on where it was stopped.")
+    parser.epilog = (
+        "The default set takes about 54 minutes of one core; on two cores run it twice at once with --threads 1, as"
+        " --part 1/2 and --part 2/2, which takes half of that, and then once more without --part for the results."
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
     parser.add_argument(
         "--sweep", action="append", choices=points.SWEEPS, help="instead of the default set; repeatable"
@@ -189,6 +191,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--group-size", type=_positive, default=100, help="samples a group (default: 100)")
     parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+    parser.add_argument("--float32", action="store_true", help="compute in float32 instead of bfloat16: twice the time")
+    parser.add_argument("--docs", type=Path, help="a page to write the tables into, like docs/demo-evaluation.md")
     parser.add_argument("--part", default="1/1", help="2/4: make the second quarter of the samples only, no results")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -198,13 +202,16 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         parser.error(f"{options.part!r} is no part; write it like 2/4")
     try:
         size = evaluate.Size(groups=options.groups, group=options.group_size)
+        if options.docs:
+            report.split_at_marks(options.docs)
     except ValueError as error:
         parser.error(str(error))
     if not options.no_plots and not report.can_plot():
         parser.error("the plots need matplotlib: install it, or say --no-plots")
     judge = evaluate.Evaluation(
-        _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size
-    )
+        _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size,
+        bf16=not options.float32,
+    )  # fmt: skip
     wanted = {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in options.sweep or ()}
     if options.all or not wanted:
         wanted = {"default": points.default_points(options.steps), **wanted}
@@ -212,12 +219,33 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         wanted |= {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in points.SWEEPS}
     judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))
     if int(parts) == 1:
-        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots):
+        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots, docs=options.docs):
             say(str(path.resolve()))
+
+
+def run_page(arguments: Sequence[str]) -> None:
+    """The panel in a browser."""
+    about = "Serves a page with the WebUI's panel before the demo model, until it is stopped."
+    parser = _new_parser("page", about, threads=FEW_THREADS)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=7865, help="0 takes any free one (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    model = _model(parser, options.weights)
+    try:
+        page = importlib.import_module("sag_pag.demo.page")
+    except ImportError as error:
+        parser.error(f"the page needs gradio 3.41.2 and what goes with it ({error}): see requirements-demo.txt")
+    try:
+        page.serve(model, host=options.host, port=options.port, on_ready=lambda url: say(f"{url} (Ctrl+C stops it)"))
+    except OSError as error:
+        parser.error(f"can't serve at {options.host}, port {options.port}: {error.strerror or error}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "grid": run_grid,
+    "page": run_page,
     "train": run_train,
     "train-classifier": run_train_classifier,
     "evaluate": run_evaluate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,10 +12,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.blocks import Topology
+from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import Recipe, sample
 from sag_pag.session import check_blocks
 from sag_pag.settings import Settings
+
+CAPTIONS = (
+    "red star on green",
+    "yellow moon on black",
+    "white heart on red",
+    "purple cross on striped orange",
+    "green disc and orange square on blue",
+    "red heart and white star on purple",
+)
+"""What the grid shows unless told otherwise."""
 
 VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
     ("no guidance", {"sag_enabled": False, "pag_enabled": False}),
@@ -23,6 +34,9 @@ VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
     ("PAG", {"sag_enabled": False, "pag_enabled": True}),
     ("SAG + PAG", {"sag_enabled": True, "pag_enabled": True}),
 )
+
+
+_GREY, _BAND = (110, 115, 125), (232, 236, 242)
 
 
 @dataclass(frozen=True)
@@ -54,21 +68,30 @@ def make_rows(
         for label, switches in VARIANTS:
             recipe = Recipe(settings.with_values(switches), cfg=scale, steps=steps, sampler=sampler)
             began = time.perf_counter()
-            latent = sample(model, captions, seeds=seeds, recipe=recipe, size=size, on_step=on_step)
+            with fused_attention():
+                latent = sample(model, captions, seeds=seeds, recipe=recipe, size=size, on_step=on_step)
             seconds = (time.perf_counter() - began) / steps
-            cost = _gigaflops_a_step(model, captions[0], recipe=recipe, size=size)
+            cost = gigaflops_a_step(model, captions[0], recipe=recipe, size=size)
             rows.append(Row(label, scale, model.first_stage_model.decode(latent), seconds, cost))
     return rows
 
 
-def _gigaflops_a_step(model: DemoModel, caption: str, *, recipe: Recipe, size: int) -> float:
-    """Counted floating-point operations of one picture, by step."""
+def gigaflops_a_step(model: DemoModel, caption: str, *, recipe: Recipe, size: int = 64) -> float:
+    """Counted floating-point operations of one picture, by step.
+
+    One step is counted where all cost the same, which is much quicker.
+    """
+    settings = recipe.settings
+    everywhere = settings.sag_start == settings.pag_start == 0 and settings.sag_end == settings.pag_end == 1
+    if everywhere and recipe.sampler != "heun":
+        recipe = replace(recipe, steps=1)
     with FlopCounterMode(display=False) as counter:
         sample(model, [caption], seeds=[0], recipe=recipe, size=size)
     return float(counter.get_total_flops()) / 1e9 / recipe.steps
 
 
-def _image(picture: Tensor, zoom: int) -> Image.Image:
+def to_image(picture: Tensor, zoom: int) -> Image.Image:
+    """A picture ``(3, H, W)`` in 0 to 1, enlarged."""
     array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
     image = Image.fromarray(array)
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
@@ -81,40 +104,43 @@ def _font(size: int) -> Any:
         return ImageFont.load_default()
 
 
-def check_blocks_of(model: DemoModel, settings: Settings) -> None:
-    """Raises ``SettingError`` if the settings name blocks that the model does not have."""
-    check_blocks(settings.with_values(VARIANTS[-1][1]), Topology(model.unet))
+def check_settings(model: DemoModel, settings: Settings) -> None:
+    """Raises ``SettingError`` if a row could not be made: a range that ends before it starts, an unknown block."""
+    everything = settings.with_values(VARIANTS[-1][1])
+    everything.check_order()
+    check_blocks(everything, Topology(model.unet))
 
 
 def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[int], zoom: int = 2) -> Image.Image:
-    """The labelled grid: a row for each variant, a column for each seed, a gap between without and with CFG."""
+    """The labelled grid: a column for each seed, a band of four rows without CFG and one with it."""
     height, width = (side * zoom for side in rows[0].pictures.shape[-2:])
-    gap, left, line = 6, 150, 22
+    gap, left, band = 6, 150, 30
     small, large = _font(12), _font(17)
-    blocks = sorted({row.cfg for row in rows})
-    image = Image.new(
-        "RGB",
-        (left + len(seeds) * (width + gap) + gap, len(rows) * (height + gap) + len(blocks) * 2 * line + 2 * line),
-        "white",
-    )
+    image = Image.new("RGB", (left + len(seeds) * (width + gap), 60 + len(rows) * (height + gap + band)), "white")
     pen = ImageDraw.Draw(image)
-    y = gap
-    for cfg in blocks:
-        title = "without CFG" if cfg == 1 else f"with CFG {cfg:g}"
-        pen.text((gap, y), title, fill="black", font=large)
-        for column, seed in enumerate(seeds):
-            text = captions[column] or "(no caption)"
-            lines = [f"seed {seed}", *_wrapped(text, pen=pen, font=small, width=width)]
-            for index, part in enumerate(lines[:3]):
-                pen.text((left + column * (width + gap), y + index * 13), part, fill="black", font=small)
-        y += 2 * line
-        for row in rows:
-            if row.cfg != cfg:
-                continue
-            pen.text((gap, y + height // 2 - 10), row.label, fill="black", font=large)
-            for column, picture in enumerate(row.pictures):
-                image.paste(_image(picture, zoom), (left + column * (width + gap), y))
-            y += height + gap
+    columns = [left + index * (width + gap) for index in range(len(seeds))]
+    headings = [
+        [*_wrapped(caption or "(no caption)", pen=pen, font=small, width=width)[:3], f"seed {seed}"]
+        for caption, seed in zip(captions, seeds, strict=True)
+    ]
+    y = gap + 15 * max(len(lines) for lines in headings)
+    for x, lines in zip(columns, headings, strict=True):
+        for index, line in enumerate(reversed(lines)):
+            pen.text((x, y - 15 * (index + 1)), line, fill=_GREY if index == 0 else "black", font=small)
+    y += gap
+    costs = relative_costs(rows)
+    for index, row in enumerate(rows):
+        if index == 0 or row.cfg != rows[index - 1].cfg:
+            pen.rectangle((0, y, image.width, y + band - gap), fill=_BAND)
+            title = "without CFG" if row.cfg == 1 else f"with CFG {row.cfg:g}"
+            pen.text((2 * gap, y + 3), title, fill="black", font=large)
+            y += band
+        pen.text((2 * gap, y + height // 2 - 20), row.label, fill="black", font=large)
+        cost = f"{costs[index][0]:.2f}x the work" if row.label != VARIANTS[0][0] else ""
+        pen.text((2 * gap, y + height // 2 + 4), cost, fill=_GREY, font=small)
+        for x, picture in zip(columns, row.pictures, strict=True):
+            image.paste(to_image(picture, zoom), (x, y))
+        y += height + gap
     return image.crop((0, 0, image.width, y))
 
 
@@ -129,13 +155,20 @@ def _wrapped(text: str, *, pen: ImageDraw.ImageDraw, font: Any, width: int) -> l
     return lines
 
 
-def cost_lines(rows: Sequence[Row]) -> list[str]:
-    """For each row the seconds and the counted operations of a step, relative to the same without guidance."""
-    lines = []
+def relative_costs(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """For each row what a step takes relative to the same without guidance: counted operations, measured seconds."""
+    costs = []
     for row in rows:
         plain = next(other for other in rows if other.cfg == row.cfg and other.label == VARIANTS[0][0])
         counted = row.gigaflops_a_step / plain.gigaflops_a_step
-        measured = row.seconds_a_step / plain.seconds_a_step
+        costs.append((counted, row.seconds_a_step / plain.seconds_a_step))
+    return costs
+
+
+def cost_lines(rows: Sequence[Row]) -> list[str]:
+    """For each row the seconds and the counted operations of a step, relative to the same without guidance."""
+    lines = []
+    for row, (counted, measured) in zip(rows, relative_costs(rows), strict=True):
         mode = "without CFG" if row.cfg == 1 else f"CFG {row.cfg:g}"
         lines.append(
             f"{mode:<12} {row.label:<12} {row.seconds_a_step * 1000:6.0f} ms a step, {measured:.2f}x unguided"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,26 @@ class CrossAttention(nn.Module):
         weights = logits.softmax(dim=-1)
         out: Tensor = self.to_out((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
         return out
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Runs with torch's fused kernel on the attention class, as the WebUI's attention optimisations do."""
+    def forward(self: CrossAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return result
+
+    original = CrossAttention.forward
+    CrossAttention.forward = forward  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        CrossAttention.forward = original  # type: ignore[method-assign]
 
 
 class BasicTransformerBlock(nn.Module):

@@ -34,9 +34,9 @@ class Point:
         """The same without guidance."""
         return replace(self, label="none", recipe=replace(self.recipe, settings=Settings(), every=1), x=0.0)
 
-    def key(self, *, model: str, group_size: int) -> str:
+    def key(self, *, model: str, group_size: int, bf16: bool) -> str:
         """A short name of all that the pictures depend on, for resuming."""
-        about = json.dumps([model, group_size, self.captioned, asdict(self.recipe)], sort_keys=True)
+        about = json.dumps([model, group_size, bf16, self.captioned, asdict(self.recipe)], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 

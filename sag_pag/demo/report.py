@@ -12,6 +12,7 @@ from sag_pag.demo.evaluate import Evaluation, Result
 from sag_pag.demo.metrics import Estimate
 from sag_pag.demo.points import Point
 
+BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",
     "frechet", "frechet_margin", "change", "change_margin", "precision", "precision_margin",
@@ -73,21 +74,62 @@ def markdown_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_all(judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True) -> list[Path]:
-    """One CSV for all, a Markdown table and a plot for each sweep; returns what was written."""
+def write_all(
+    judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True, docs: Path | None = None
+) -> list[Path]:
+    """One CSV for all, a Markdown table and a plot for each sweep; returns what was written.
+
+    ``docs`` is a page that gets all tables between its two marks, and the CSV and the plots into the folder of its
+    name beside it. Raises ``ValueError`` if it has no marks.
+    """
+    if docs is not None:
+        split_at_marks(docs)
     results = {sweep: [judge.result(point) for point in points] for sweep, points in wanted.items()}
     frechet, precision, recall = judge.floor()
     written = [out / "results.csv"]
     write_csv([result for part in results.values() for result in part], written[0])
+    floor = (
+        f"{judge.size.total} samples a line, in {judge.size.groups} groups of seeds; intervals of 95 %; computed in "
+        f"{'bfloat16' if judge.bf16 else 'float32'}. As many real pictures against the same {len(judge.drawn)} real "
+        f"ones: Fréchet distance {frechet}, precision {_share(precision)}, recall {_share(recall)}."
+    )
+    tables = {}
     for sweep, part in results.items():
-        table = out / f"{sweep}.md"
-        floor = f"Real pictures against real ones: Fréchet distance {frechet}, precision {precision}, recall {recall}."
-        table.write_text(f"{markdown_table(part)}\n{floor}\n", encoding="utf-8")
-        written.append(table)
+        tables[sweep] = f"{markdown_table(part)}\n{floor}\n"
+        written.append(out / f"{sweep}.md")
+        written[-1].write_text(tables[sweep], encoding="utf-8")
         if plots:
             written.append(out / f"{sweep}.png")
             plot_sweep(part, written[-1], floor=frechet.value)
+    if docs is not None:
+        written += _write_docs(docs, tables, [path for path in written if path.suffix in (".csv", ".png")])
     return written
+
+
+def split_at_marks(page: Path) -> tuple[str, str]:
+    """What stands before and after a page's evaluation, marks included. Raises ``ValueError`` if there are none."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no marks {BEGIN} and {END}")
+    return before + begin, end + after
+
+
+def _write_docs(page: Path, tables: Mapping[str, str], files: Sequence[Path]) -> list[Path]:
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    copies = [folder / path.name for path in files]
+    for path, copy in zip(files, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    parts = []
+    for sweep, table in tables.items():
+        picture = folder / f"{sweep}.png"
+        shown = f"![{sweep}: Fréchet distance]({folder.name}/{picture.name})\n\n" if picture in copies else ""
+        parts.append(f"## {sweep}\n\n{shown}{table}")
+    before, after = split_at_marks(page)
+    page.write_text(before + "\n\n" + "\n".join(parts) + after, encoding="utf-8")
+    return [*copies, page]
 
 
 def can_plot() -> bool:
@@ -116,8 +158,7 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
 
 
 def _plot_panel(axes: Any, results: Sequence[Result]) -> None:
-    values = [result.frechet.value for result in results]
-    margins = [result.frechet.margin for result in results]
+    unguided, guided = results[0].frechet.value, results[1:]
     if results[0].point.sweep == "cost":
         for result in results:
             axes.errorbar(
@@ -125,9 +166,13 @@ def _plot_panel(axes: Any, results: Sequence[Result]) -> None:
             )
             axes.annotate(result.point.label, (result.gigaflops, result.frechet.value), fontsize=7)
         axes.set_xlabel("GFLOP a picture")
-    elif all(result.point.x is not None for result in results):
-        axes.errorbar([result.point.x for result in results], values, yerr=margins, fmt="o-", capsize=3)
+        return
+    axes.axhline(unguided, color="C1", linestyle="--", label="no guidance")
+    values = [result.frechet.value for result in guided]
+    margins = [result.frechet.margin for result in guided]
+    if all(result.point.x is not None for result in guided):
+        axes.errorbar([result.point.x for result in guided], values, yerr=margins, fmt="o-", capsize=3)
         axes.set_xlabel(results[0].point.sweep)
     else:
-        axes.bar(range(len(results)), values, yerr=margins, capsize=3)
-        axes.set_xticks(range(len(results)), [result.point.label for result in results], rotation=60, ha="right")
+        axes.bar(range(len(guided)), values, yerr=margins, capsize=3)
+        axes.set_xticks(range(len(guided)), [result.point.label for result in guided], rotation=60, ha="right")

@@ -41,6 +41,20 @@ class Recipe:
         self.settings.check_order()
 
 
+def parse_seeds(text: str, *, most: int) -> list[int]:
+    """``1-4,9`` as 1, 2, 3, 4, 9. Raises ``ValueError`` for anything else, for none and for more than ``most``."""
+    ranges = []
+    for part in text.split(","):
+        first, _, last = (number.strip() for number in part.partition("-"))
+        if not first.isdecimal() or not (last or first).isdecimal() or max(len(first), len(last)) > 18:
+            raise ValueError(f"{text!r} are no seeds; write them like 1-4,9")
+        ranges.append(range(int(first), int(last or first) + 1))
+    count = sum(len(seeds) for seeds in ranges)
+    if not 0 < count <= most:
+        raise ValueError(f"{text!r} are {count} seeds; 1 to {most} can be shown")
+    return [seed for seeds in ranges for seed in seeds]
+
+
 def noise_of(seeds: Sequence[int], *, size: int) -> Tensor:
     """Standard normal latents ``(B, 8, size/4, size/4)``; a seed gives the same one in any batch."""
     shape = (LATENT_CHANNELS, size // FACTOR, size // FACTOR)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sag_pag.demo import schedule
+from sag_pag.demo import card, schedule
 from sag_pag.demo.autoencoder import Autoencoder
 from sag_pag.demo.model import WEIGHTS, DemoModel, load, read_metadata, save, unet_config
 from sag_pag.demo.train import draw_batch
@@ -92,8 +93,14 @@ def test_shipped_weights_run_in_the_real_ldm_class() -> None:
     assert torch.linalg.vector_norm(actual - expected) < 2e-6 * torch.linalg.vector_norm(expected)
 
 
+def test_the_model_card_is_that_of_the_weights() -> None:
+    """``python -m sag_pag.demo.card`` writes it anew."""
+    assert card.weights_table() in card.CARD.read_text(encoding="utf-8")
+
+
 def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
     assert WEIGHTS.stat().st_size <= 8_000_000
+    assert {value.dtype for value in load_file(WEIGHTS).values()} == {torch.float16}
     metadata = read_metadata()
     assert '"seed"' in metadata["training"]
     assert float(metadata["held_out_loss"]) < 0.5

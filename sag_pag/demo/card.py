@@ -1,0 +1,50 @@
+"""The model card's numbers: ``python -m sag_pag.demo.card`` writes them anew from the weights file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from sag_pag.demo.model import WEIGHTS, load, read_metadata
+
+CARD = Path(__file__).parents[2] / "docs" / "demo-model-card.md"
+BEGIN, END = "<!-- weights -->", "<!-- end of weights -->"
+OTHERS = ("warmup", "decay", "ema", "caption_dropout")
+PARTS = {
+    "model": "U-Net",
+    "cond_stage_model": "caption encoder",
+    "first_stage_model": "autoencoder",
+}
+
+
+def weights_table(path: Path = WEIGHTS) -> str:
+    """What the weights file holds and how it says it was made, as a Markdown table."""
+    metadata = read_metadata(path)
+    training = json.loads(metadata["training"])
+    children = dict(load(path).named_children())
+    counts = {name: sum(value.numel() for value in children[name].state_dict().values()) for name in PARTS}
+    flags = {name: training[name] for name in ("steps", "batch", "learning_rate", "seed", "autoencoder_steps")}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    rows = {
+        "File": f"`{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors",
+        "SHA-256": f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`",
+        "Numbers in it": "; ".join(f"{label} {counts[name]:,}" for name, label in PARTS.items()),
+        "Training": f"`python -m sag_pag.demo train {options}{' --bf16' if training['bf16'] else ''}`",
+        "Steps taken": f"{training['step']:,} of {training['steps']:,}, {training['seconds'] / 60:.0f} minutes",
+        "Other settings": ", ".join(f"{name} {training[name]}" for name in OTHERS),
+        "Held-out loss": f"{metadata['held_out_loss']} (mean squared error of v on {training['held_out']} pictures)",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def main() -> None:
+    """Replaces the table between the two marks in the model card."""
+    text = CARD.read_text(encoding="utf-8")
+    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
+    CARD.write_text(pattern.sub(lambda _: f"{BEGIN}\n{weights_table()}\n{END}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
