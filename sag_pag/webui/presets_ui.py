@@ -11,6 +11,7 @@ import gradio as gr
 from sag_pag.presets import STORE, PresetError, PresetStore
 from sag_pag.session import check_blocks
 from sag_pag.settings import PARAMETERS, SettingError, Settings
+from sag_pag.webui import texts
 
 try:
     from modules.ui_components import ToolButton
@@ -29,17 +30,17 @@ class PresetControls:
         self.store = store
         with gr.Row(elem_id=elem_id("preset_row")):
             self.chosen = gr.Dropdown(
-                label="Preset", choices=self._names(), value=None, elem_id=elem_id("preset"),
-                info="Sets all controls below; the sentence under it says when to use it.",
+                label=texts.PRESET, choices=self._names(), value=None, elem_id=elem_id("preset"),
+                info=texts.PRESET_HELP,
             )
-            self.save = _button("💾", "Save the panel's values as a preset of your own", elem_id("preset_save"))
-            self.rename = _button("✏️", "Rename the chosen preset", elem_id("preset_rename"))
-            self.delete = _button("🗑️", "Delete the chosen preset", elem_id("preset_delete"))
-            self.refresh = gr.Button("Read the presets again", visible=False, elem_id=elem_id("preset_refresh"))
+            self.save = _button("💾", texts.SAVE, elem_id("preset_save"))
+            self.rename = _button("✏️", texts.RENAME, elem_id("preset_rename"))
+            self.delete = _button("🗑️", texts.DELETE, elem_id("preset_delete"))
+            self.refresh = gr.Button(texts.READ_AGAIN, visible=False, elem_id=elem_id("preset_refresh"))
         with gr.Row(visible=False, elem_id=elem_id("preset_question")) as self.question:
-            self.name = gr.Textbox(label="Name of the preset", max_lines=1, elem_id=elem_id("preset_name"))
-            self.yes = _button("✔️", "Do it", elem_id("preset_yes"))
-            self.no = _button("✖️", "Leave everything as it is", elem_id("preset_no"))
+            self.name = gr.Textbox(label=texts.PRESET_NAME, max_lines=1, elem_id=elem_id("preset_name"))
+            self.yes = _button("✔️", texts.YES, elem_id("preset_yes"))
+            self.no = _button("✖️", texts.NO, elem_id("preset_no"))
         self.asked = gr.State("")
         self.status = gr.HTML(self._status(), elem_id=elem_id("preset_status"))
         for control in (
@@ -77,15 +78,17 @@ class PresetControls:
     def _refresh(self) -> Any:
         return gr.update(choices=self._names())
 
-    def _status(self, text: str = "", *, error: object = None) -> str:
+    def _status(self, text: str = "", *, name: str | None = None, error: object = None) -> str:
         """What stands under the dropdown; a broken file is named for as long as the WebUI runs."""
         try:
             self.store.all()
         except PresetError as unreadable:
             error = error or unreadable
-        lines = [html.escape(text)] if text else []
+        lines = [f"<span>{html.escape(text)}</span>"] if text else []
+        if name is not None:
+            lines[-1] += f" <b>{html.escape(name)}</b>"
         lines += [
-            f'<span style="color: var(--error-text-color, #b91c1c)">{html.escape(str(problem))}</span>'
+            f'<span class="sag-pag-error">{html.escape(str(problem))}</span>'
             for problem in (error, self.store.problem) if problem
         ]
         return "<br>".join(lines)
@@ -102,13 +105,13 @@ class PresetControls:
             suggestion = self.store.get_own(chosen).name
         except PresetError:
             suggestion = ""  # nothing chosen, or one that is built in: a new name is needed
-        return self._ask(_SAVE, "A name that you have used already gets the new values.", suggestion)
+        return self._ask(_SAVE, texts.ASK_SAVE, suggestion)
 
     def _ask_rename(self, chosen: str | None) -> tuple[Any, ...]:
-        return self._ask_about_own(_RENAME, chosen, "The new name?")
+        return self._ask_about_own(_RENAME, chosen, texts.ASK_RENAME)
 
     def _ask_delete(self, chosen: str | None) -> tuple[Any, ...]:
-        return self._ask_about_own(_DELETE, chosen, f'Delete "{chosen}"?')
+        return self._ask_about_own(_DELETE, chosen, texts.ASK_DELETE)
 
     def _ask_about_own(self, what: str, chosen: str | None, question: str) -> tuple[Any, ...]:
         try:
@@ -119,14 +122,16 @@ class PresetControls:
 
     def _ask(self, what: str, question: str, name: str) -> tuple[Any, ...]:
         shown = gr.update(value=name, visible=what != _DELETE)
-        return what, gr.update(visible=True), shown, self._status(question)
+        about = name if what == _DELETE else None
+        return what, gr.update(visible=True), shown, self._status(question, name=about)
 
     def _do(self, asked: str, chosen: str | None, name: str, *values: Any) -> tuple[Any, ...]:
         try:
             now, done = self._change(asked, chosen, name, values)
         except (PresetError, SettingError) as error:
             return gr.update(choices=self._names()), gr.update(), self._status(error=error)
-        return gr.update(choices=self._names(), value=now), gr.update(visible=False), self._status(done)
+        status = self._status(done, name=now or chosen)
+        return gr.update(choices=self._names(), value=now), gr.update(visible=False), status
 
     def _change(
         self, asked: str, chosen: str | None, name: str, values: Sequence[Any]
@@ -137,13 +142,13 @@ class PresetControls:
             settings.check_order()
             check_blocks(settings, None)
             saved = self.store.save(name, settings).name
-            return saved, f'Saved as "{saved}".'
+            return saved, texts.SAVED
         own = self.store.get_own(chosen).name
         if asked == _RENAME:
             renamed = self.store.rename(own, name).name
-            return renamed, f'"{own}" is "{renamed}" now.'
+            return renamed, texts.RENAMED
         self.store.delete(own)
-        return None, f'"{own}" was deleted.'
+        return None, texts.DELETED
 
 
 def _button(text: str, tooltip: str, elem_id: str) -> Any:
