@@ -33,6 +33,12 @@ _ROWS: dict[Feature, tuple[tuple[str, ...], ...]] = {
         ("rescale", "rescale_mode"), ("hires_pass", "hires_own_scales"), ("hires_sag_scale", "hires_pag_scale"),
     ),
 }
+_COSTLY = (
+    "sag_enabled", "sag_scale", "sag_blur_sigma", "sag_block", "sag_start", "sag_end",
+    "pag_enabled", "pag_scale", "pag_blocks", "pag_start", "pag_end",
+)
+"""What the cost line depends on."""
+
 _QUIET = {"queue": False, "show_progress": False}
 
 
@@ -110,7 +116,8 @@ class Panel:
         for name, state in self.states.items():
             field = self._made[name]
             field.change(self._check(name), [field], [state], **_QUIET)
-        for component in (*self.controls, around.steps, around.denoising):
+        costly = [self._made[name] for name in _COSTLY]
+        for component in (*costly, around.steps, around.denoising):
             if component is not None:
                 component.change(self._overview, inputs, [self.cost], **_QUIET)
         everything = [self.cost, *self.maps.values(), *self.states.values()]
