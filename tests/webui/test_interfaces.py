@@ -9,6 +9,8 @@ import pytest
 from client import DEFAULTS, Client
 from test_generation import BOTH, TITLE, guided, state
 
+from sag_pag.settings import PARAMETERS
+
 FULL = {
     "sag_scale": 0.61, "sag_threshold": 0.9, "sag_blur_sigma": 1.5, "sag_block": "output.3", "sag_start": 0.05,
     "sag_end": 0.9, "pag_scale": 2.35, "pag_blocks": "middle, output.3-5", "pag_start": 0.1, "pag_end": 0.95,
@@ -36,7 +38,7 @@ def test_list_short_list_and_dict_mean_the_same(client: Client) -> None:
     ({"pag_enabled": 1}, "pag_enabled", "true or false"),
     ({"pag_scale": 3, "rescale_mode": "half"}, "rescale_mode", "'partial'"),
     ({"pag_blocks": "input.3"}, "pag_blocks", "input.4"),
-    ({"pag_blocks": "middle, nowhere"}, "pag_blocks", "output.N"),
+    ({"pag_blocks": "middle, nowhere"}, "pag_blocks", "output.11"),
     ({"sag_block": "input.1, middle"}, "sag_block", "one block"),
     ({"sag_block": "output.3-5"}, "sag_block", "one block"),
     ({"pag_start": 0.9, "pag_end": 0.1}, "pag_start", "pag_end"),
@@ -135,7 +137,7 @@ def test_every_parameter_has_one_axis(client: Client) -> None:
         if info["name"] == "x/y/z plot" and not info["is_img2img"]
     ]
     ours = [label for label in labels if label.startswith(("[SAG]", "[PAG]", "[SAG/PAG]"))]
-    assert len(ours) == len(set(ours)) == 19
+    assert len(ours) == len(set(ours)) == len(PARAMETERS)
 
 
 @pytest.mark.parametrize(("label", "values"), [
