@@ -185,12 +185,21 @@
 
     const panels = () => Array.from(gradioApp().querySelectorAll(".sag-pag-panel"));
     const refresh = (panel) => panel.querySelector(".sag-pag-refresh").click();
+    const answered = (panel) => panel.querySelector(".sag-pag-mapping .sag-pag-map, .sag-pag-mapping .sag-pag-hint");
     let checkpoint = null;
+
+    // The page may not listen yet when it says that it is loaded.
+    function refreshUntilAnswered(panel, tries) {
+        refresh(panel);
+        setTimeout(() => {
+            if (tries > 1 && !answered(panel)) refreshUntilAnswered(panel, tries - 1);
+        }, 1000);
+    }
 
     onUiLoaded(() => {
         for (const panel of panels()) {
             setUp(panel);
-            refresh(panel);
+            refreshUntilAnswered(panel, 10);
             // Opened before a model was there: look again.
             panel.querySelector(".label-wrap").addEventListener("click", () => {
                 if (!panel.querySelector(".sag-pag-map")) refresh(panel);

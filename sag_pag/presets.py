@@ -45,11 +45,10 @@ def _built_in(name: str, description: str, **values: Value) -> Preset:
 
 BUILT_IN: tuple[Preset, ...] = (
     _built_in("Off", "Switches both off and puts every control back to its default."),
-    _built_in("SD 1.5", "For SD 1.5 and 2.x models at the usual CFG scale of about 7.", pag_enabled=True),
     _built_in(
-        "SD 1.5, low CFG",
-        "For softer colours and contrast from SD 1.5 and 2.x models: set the CFG scale to about 4, PAG keeps the "
-        "structure.", pag_enabled=True),
+        "SD 1.5",
+        "For SD 1.5 and 2.x models, at the usual CFG scale of about 7; or at about 4 for softer colours and contrast, "
+        "where PAG keeps the structure.", pag_enabled=True),
     _built_in(
         "SDXL", "For SDXL models at a CFG scale of about 5; their middle block is larger, so less is enough.",
         pag_enabled=True, pag_scale=2.5),

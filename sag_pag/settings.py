@@ -188,6 +188,9 @@ class Settings:
         A dict as the first value is read as ``from_dict`` does and what follows it is ignored: the WebUI pads
         short lists with defaults. Raises ``SettingError``.
         """
+        for value in values[1:]:
+            if isinstance(value, Mapping):
+                raise SettingError("args", value, "one object with names, or a list of values")
         if values and isinstance(values[0], Mapping):
             return cls.from_dict(values[0])
         if len(values) > len(PARAMETERS):

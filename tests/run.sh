@@ -13,7 +13,8 @@ if [ ! -e .venv/ready ]; then
   .venv/bin/pip install -q --no-deps "stable-diffusion-sdkit==2.1.5"
   touch .venv/ready
 fi
-if [ ! -e .venv-diffusers/ready ]; then
+has_diffusers=$("$python" -c 'import sys; print(int(sys.version_info >= (3, 11)))')  # its newest need 3.11
+if [ "$has_diffusers" = 1 ] && [ ! -e .venv-diffusers/ready ]; then
   "$python" -m venv --clear .venv-diffusers
   .venv-diffusers/bin/pip install -q "torch==2.13.0" -r tests/requirements-diffusers.txt
   touch .venv-diffusers/ready
@@ -38,4 +39,8 @@ if [ -n "${WEBUI_DIR:-}" ]; then
 else
   echo "WEBUI_DIR is not set: the tests in a real WebUI did not run"
 fi
-.venv-diffusers/bin/python -m pytest -q tests/oracles/test_diffusers.py
+if [ "$has_diffusers" = 1 ]; then
+  .venv-diffusers/bin/python -m pytest -q tests/oracles/test_diffusers.py
+else
+  echo "Python 3.10: diffusers' pipelines, which need 3.11, were not compared with"
+fi

@@ -154,6 +154,8 @@ def run_train(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--held-out", type=int, default=defaults.held_out, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"there is no {options.device!r} on this machine")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     names = ("out", "steps", "batch", "seed", "autoencoder_steps", "learning_rate", "bf16", "device", "held_out")
     try:

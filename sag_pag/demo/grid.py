@@ -172,6 +172,6 @@ def cost_lines(rows: Sequence[Row]) -> list[str]:
         mode = "without CFG" if row.cfg == 1 else f"CFG {row.cfg:g}"
         lines.append(
             f"{mode:<12} {row.label:<12} {row.seconds_a_step * 1000:6.0f} ms a step, {measured:.2f}x unguided"
-            f" (counted: {row.gigaflops_a_step:.2f} GFLOP a picture, {counted:.2f}x)"
+            f" (counted: {row.gigaflops_a_step:.2f} GFLOP a step and picture, {counted:.2f}x)"
         )
     return lines

@@ -153,8 +153,10 @@ class Panel:
             settings = Settings.from_list(own)
             settings.check_order()
             check_blocks(settings, cost.topology if cost else None)
-        except SettingError:
-            return _line(f'<span class="sag-pag-error">{texts.NOT_USABLE}</span>')
+        except SettingError as error:
+            line = _line(f'<span class="sag-pag-error">{texts.NOT_USABLE}</span>')
+            shown_elsewhere = error.field in self.states  # under the text field
+            return line if shown_elsewhere else f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
         return _cost_line(settings, cost, *around)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from sag_pag.migration import migrate
-from sag_pag.settings import complete_infotext
+from sag_pag.settings import PARAMETERS, SettingError, complete_infotext
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,17 @@ def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
 
     What could not be taken over is shown on the page, and logged: the API has no page.
     """
+    refused = []
+    for parameter in PARAMETERS.values():
+        if parameter.infotext in params:
+            try:
+                parameter.parse(params[parameter.infotext])
+            except SettingError as error:
+                del params[parameter.infotext]
+                refused.append(f"{parameter.label}: {error.value} is left out; allowed: {error.allowed}")
+    for problem in refused:
+        logger.warning("%s", problem)
+        gr.Warning(problem)
     migration = migrate(params)
     params.update(migration.fields)
     params.update(complete_infotext(params))

@@ -153,5 +153,5 @@ class PresetControls:
 
 def _button(text: str, tooltip: str, elem_id: str) -> Any:
     if ToolButton is None:
-        return gr.Button(text, elem_id=elem_id)
+        return gr.Button(text, elem_id=elem_id, size="sm", min_width=40, scale=0)
     return ToolButton(text, elem_id=elem_id, tooltip=tooltip)

@@ -9,7 +9,7 @@ BOTH = "Both: contrast and hires. fix"
 OFF = "off"
 PER_STEP = "per guided step"
 PER_PICTURE = "for this picture"
-COST_HELP = "Computing, compared with the same picture without guidance"
+COST_HELP = "Computing, compared with the same picture without guidance; hires. fix is not counted"
 NOT_USABLE = "a setting can't be used"
 
 NO_MODEL = "No model is loaded yet."
@@ -22,7 +22,7 @@ HEADS = "heads"
 ALONE = "cost alone"
 TRANSFORMERS = "Transformer blocks"
 
-SEEN = "What SAG saw: its mask over the picture, and below how much attention each place got"
+SEEN = "What SAG saw: in orange what it blurs, and below how much attention each place got (bright is much)"
 PERCENT = "{:.0%} of the way"
 
 PRESET = "Preset"

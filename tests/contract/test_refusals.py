@@ -33,6 +33,7 @@ BAD: dict[str, tuple[list[Any], str, list[str]]] = {
     "endless number": ([{"pag_blocks": "input." + "1" * 5000}], "pag_blocks", ["input.1"]),
     "list for text": ([{"pag_blocks": ["middle"]}], "pag_blocks", ["block names as text"]),
     "in a list": ([False, 0.75, 1.0, 1.0, "middle", 0.0, 1.0, True, 99], "pag_scale", ["99", "from 0 to 20"]),
+    "two objects": ([{"pag_scale": 3}, {"sag_scale": 1}], "args", ["sag_scale", "one object"]),
     "text for switch": (["on"], "sag_enabled", ["'on'", "true or false"]),
     "off but bad": ([{"sag_enabled": False, "sag_scale": 99}], "sag_scale", ["99"]),
 }

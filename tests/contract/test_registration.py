@@ -103,6 +103,13 @@ def pasted(host: Host, infotext: str) -> list[Any]:
     return values
 
 
+def test_what_a_pasted_text_says_and_can_not_be(host: Host) -> None:
+    """Left out and said, so that it does not stand in a control and refuse every picture."""
+    args = pasted(host, "a cat\nSteps: 4, PAG: True, PAG scale: 40, PAG end: 0.5")
+    settings = Settings.from_list(args)
+    assert (settings.pag_enabled, settings.pag_scale, settings.pag_end) == (True, 3.0, 0.5)
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"sag_scale": 1.25}, {"pag_scale": 3}, {"pag_scale": 2.05, "pag_fade": True, "pag_blocks": "output.0-1"},
     {"sag_scale": 0.1 + 0.2, "sag_threshold": 0.95, "sag_block": "output.0", "sag_end": 0.9, "pag_scale": 1},

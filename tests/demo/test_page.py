@@ -109,6 +109,15 @@ def screenshot(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
+def test_the_map_is_there(page: Any) -> None:
+    """The panel's own: the model's four blocks, of which the middle is chosen."""
+    page.wait_for_selector(f"{PANEL}_pag_blocks_map .sag-pag-u button", timeout=20_000)
+    cells = page.locator(f"{PANEL}_pag_blocks_map .sag-pag-u button")
+    pressed = {cell.get_attribute("data-name"): cell.get_attribute("aria-pressed") for cell in cells.all()}
+    assert pressed == {"input.1": "false", "middle": "true", "output.0": "false", "output.1": "false"}
+    screenshot(page, "page-map")
+
+
 def test_a_caption_becomes_two_different_pictures(page: Any) -> None:
     assert page.locator(f"{PANEL}_pag_scale").is_visible()
     fill(page, "#demo_caption", "yellow moon on black")

@@ -143,6 +143,16 @@ def test_a_wrong_name(page: Any, client: Client) -> None:
     assert pressed(page) == ["middle", "output.3"]
 
 
+def test_a_range_that_ends_before_it_starts(page: Any, client: Client) -> None:
+    client.load_checkpoint("sd1")
+    panel = open_panel(page, "txt2img", "pag")
+    for name, value in (("pag_start", "0.8"), ("pag_end", "0.2")):
+        page.locator(f"{element('txt2img', name)} input[type=number]").fill(value)
+        page.keyboard.press("Tab")
+    page.wait_for_timeout(WAIT)
+    assert "pag_start: 0.8 can't be used; allowed: a number up to pag_end, here 0.2" in panel.inner_text()
+
+
 def test_without_our_javascript(browser: Any, webui: Server) -> None:
     """Everything can still be set: names are typed, and a wrong one is reported."""
     window = browser.new_context(viewport={"width": 1400, "height": 1600})
