@@ -34,12 +34,14 @@ def identity_attention(attention: nn.Module, tokens: Tensor, key_value_inputs: K
     return result
 
 
-def attention_received(attention: nn.Module, tokens: Tensor, key_value_inputs: KeyValueInputs) -> Tensor:
+def attention_received(
+    attention: nn.Module, tokens: Tensor | Sequence[Tensor], key_value_inputs: KeyValueInputs,
+) -> Tensor:
     """How much attention each token gets: mean over heads and sum over queries of the self-attention map.
 
-    ``tokens`` is ``(rows, tokens, channels)``, the result ``(rows, tokens)`` in float32 (float64 for such input) with
-    mean 1 in each row. The softmax is taken in that precision, also under autocast. The map is never held whole: rows
-    one at a time, heads and queries in pieces of ``LOGITS_BUDGET`` elements.
+    ``tokens`` is ``(rows, tokens, channels)``, or its rows; the result ``(rows, tokens)`` in float32 (float64 for such
+    input) with mean 1 in each row. The softmax is taken in that precision, also under autocast. The map is never held
+    whole: rows one at a time, heads and queries in pieces of ``LOGITS_BUDGET`` elements.
     """
     return torch.stack([_received_in_row(attention, row[None], key_value_inputs) for row in tokens])
 
@@ -122,10 +124,8 @@ class AttentionPatch:
                 return host(x, *args, **kwargs)
             self.applied = True
             if self.capture is not None:
-                self.capture.received = torch.cat([
-                    attention_received(self.attention, x[row : row + 1], self.key_value_inputs)
-                    for row in self.capture.rows
-                ])
+                own = [x[row] for row in self.capture.rows]  # views: a copy of many tokens is large
+                self.capture.received = attention_received(self.attention, own, self.key_value_inputs)
             if self.overwrite is not None:
                 out = host(x, *args, **kwargs).clone()
                 part = slice(self.overwrite.start, self.overwrite.stop)

@@ -32,7 +32,6 @@ class UNetCost:
         self.context_tokens = context_tokens
         self.map_sizes: dict[AttentionSite, Size] = {}
         self._operations: dict[nn.Module, int] = {}
-        self._transformers = {site.transformer for site in topology.sites}
         self._blocks(latent_size)
         embedding = [topology.unet.get_submodule("time_embed"), getattr(topology.unet, "label_emb", None)]
         rest = sum(_linear(layer, 1) for layer in embedding if layer is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,20 +93,21 @@ class CrossAttention(nn.Module):
         return out
 
 
+def fused_forward(self: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """A forward with torch's fused kernel for any ``ldm``-like ``CrossAttention``, in the precision of its input."""
+    source = x if context is None else context
+    q, k, v = (
+        t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+    )
+    result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return result
+
+
 @contextmanager
 def fused_attention() -> Iterator[None]:
     """Runs with torch's fused kernel on the attention class, as the WebUI's attention optimisations do."""
-    def forward(self: CrossAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return result
-
     original = CrossAttention.forward
-    CrossAttention.forward = forward  # type: ignore[assignment, method-assign]
+    CrossAttention.forward = fused_forward  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -129,7 +129,9 @@ class Panel:
         return lambda text: _state(name, text, self.model())
 
     def _overview(self, *values: Any) -> str:
-        return self._redraw(*values)[0]
+        """The cost line for the present values."""
+        own, around = values[: len(PARAMETERS)], values[len(PARAMETERS) :]
+        return self._cost(own, around, _unet_cost(self.model(), around))
 
     def _redraw(self, *values: Any) -> list[str]:
         """Cost line, maps and states for the present values."""
@@ -137,7 +139,7 @@ class Panel:
         model = self.model()
         texts_of = {name: str(own[list(PARAMETERS).index(name)]) for name in self.maps}
         states = [_state(name, text, model) for name, text in texts_of.items()]
-        cost = None if isinstance(model, str) else UNetCost(model, (int(around[1]) // 8, int(around[0]) // 8))
+        cost = _unet_cost(model, around)
         if isinstance(model, str) or cost is None:
             reason = f'<p class="sag-pag-hint">{escape(str(model))}</p>'
             maps = [reason for _ in texts_of]
@@ -158,6 +160,11 @@ class Panel:
             shown_elsewhere = error.field in self.states  # under the text field
             return line if shown_elsewhere else f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
         return _cost_line(settings, cost, *around)
+
+
+def _unet_cost(model: Topology | str, around: Sequence[Any]) -> UNetCost | None:
+    """For the picture's size, in pixels the first two of ``around``; ``None`` without a model."""
+    return None if isinstance(model, str) else UNetCost(model, (int(around[1]) // 8, int(around[0]) // 8))
 
 
 def _state(name: str, text: str, model: Topology | str) -> str:

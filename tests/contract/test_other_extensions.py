@@ -36,6 +36,28 @@ def put_on(module: nn.Module, make: Callable[[Forward], Forward], name: str = "f
     return replaced
 
 
+def counting(rows: list[int]) -> Callable[[Forward], Forward]:
+    """Notes the rows of each call."""
+    def make(original: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows.append(len(x))
+            return original(x, *args, **kwargs)
+
+        return forward
+
+    return make
+
+
+def on_the_denoiser(make: Callable[[Forward], Forward]) -> Callable[[Any], None]:
+    """A callback that replaces the denoiser's forward for good, the first time that it sees the denoiser."""
+    def install(params: Any) -> None:
+        inner = params.denoiser.inner_model
+        if not hasattr(inner, "theirs"):
+            inner.forward, inner.theirs = make(inner.forward), True
+
+    return install
+
+
 def halved(original: Forward) -> Forward:
     return lambda *args, **kwargs: original(*args, **kwargs) / 2
 
@@ -66,15 +88,8 @@ def test_the_perturbed_attention_replaced(host: Host, unet: nn.Module) -> None:
     attention = unet.get_submodule("middle_block.1.transformer_blocks.0.attn1")
     rows: list[int] = []
 
-    def counting(original: Forward) -> Forward:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows.append(len(x))
-            return original(x, *args, **kwargs)
-
-        return forward
-
     expected = host.generate({"pag_scale": 3})[0]
-    theirs = put_on(attention, counting)
+    theirs = put_on(attention, counting(rows))
     assert torch.equal(host.generate({"pag_scale": 3})[0], expected)
     assert rows == [2, 2, 2]
     assert vars(attention)["forward"] is theirs
@@ -123,16 +138,9 @@ def test_blocks_that_tell_rows_apart(host: Host, unet: nn.Module, name: str) -> 
     block = unet.get_submodule("input_blocks.1")
     rows: list[int] = []
 
-    def counting(original: Forward) -> Forward:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows.append(len(x))
-            return original(x, *args, **kwargs)
-
-        return forward
-
     expected = host.generate({"pag_scale": 3}, steps=2)[0]
     if name == "forward":
-        put_on(block, counting)
+        put_on(block, counting(rows))
     else:
         block._forward = block.forward  # type: ignore[assignment]
     torch.testing.assert_close(host.generate({"pag_scale": 3}, steps=2)[0], expected, rtol=1e-4, atol=1e-4)
@@ -281,18 +289,7 @@ def test_another_extension_on_the_denoiser(host: Host) -> None:
     expected = host.generate(BOTH)[0]
     calls: list[int] = []
 
-    def install(params: Any) -> None:
-        inner = params.denoiser.inner_model
-        if not hasattr(inner, "theirs"):
-            original = inner.forward
-
-            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                calls.append(len(x))
-                return original(x, *args, **kwargs)
-
-            inner.forward, inner.theirs = forward, True
-
-    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, install)
+    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, on_the_denoiser(counting(calls)))
     assert torch.equal(host.generate(BOTH)[0], expected)
     assert calls == [3, 1] * 3
 
@@ -302,18 +299,7 @@ def test_another_extension_on_the_denoiser_after_ours(host: Host) -> None:
     expected = host.generate(BOTH)[0]
     calls: list[int] = []
 
-    def install(params: Any) -> None:
-        inner = params.denoiser.inner_model
-        if not hasattr(inner, "theirs"):
-            original = inner.forward
-
-            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                calls.append(len(x))
-                return original(x, *args, **kwargs)
-
-            inner.forward, inner.theirs = forward, True
-
-    host.script_callbacks.callbacks["cfg_denoiser"].append(install)
+    host.script_callbacks.callbacks["cfg_denoiser"].append(on_the_denoiser(counting(calls)))
     assert torch.equal(host.generate(BOTH)[0], expected)
     assert len(calls) >= 3, "after the first step it was gone"
 

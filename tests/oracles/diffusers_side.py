@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sag_pag.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
 from sag_pag.blocks import Topology
-from sag_pag.demo.unet import CrossAttention, UNetKwargs, UNetModel, redraw_, timestep_embedding
+from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, timestep_embedding
 from sag_pag.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
 
 Layout = Literal["sd1", "sd2", "sdxl"]
@@ -41,7 +40,7 @@ LAYOUTS: dict[Layout, UNetKwargs] = {
 
 @functools.cache
 def our_unet(layout: Layout, *, dtype: torch.dtype) -> UNetModel:
-    """Every parameter redrawn. In float64 its detours through float32 are left out (see ``float64_attention``)."""
+    """Every parameter redrawn. In float64 its detours through float32 are left out (see ``fused_forward``)."""
     unet = UNetModel(**LAYOUTS[layout])
     redraw_(unet, seed=3, gain=1.3)
     unet.eval().requires_grad_(False).to(dtype)
@@ -49,17 +48,6 @@ def our_unet(layout: Layout, *, dtype: torch.dtype) -> UNetModel:
         if dtype == torch.float64 and type(module).__name__ == "GroupNorm32":
             module.__class__ = nn.GroupNorm
     return unet
-
-
-def float64_attention(self: CrossAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
-    """A forward for ``CrossAttention`` that keeps the logits in float64."""
-    context = x if context is None else context
-    q, k, v = (
-        t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-    )
-    result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return result
 
 
 class SameTimeEmbedding(nn.Module):

@@ -13,13 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers_side import (
-    CrossAttention,
     Kind,
     Layout,
     Pipeline,
     Recorded,
     UNetModel,
-    float64_attention,
     largest_error,
     our_noise,
     our_unet,
@@ -31,6 +29,7 @@ from diffusers_side import (
 from torch import Tensor, nn
 
 from sag_pag.blocks import BlockNameError, Topology
+from sag_pag.demo.layers import CrossAttention, fused_forward
 from sag_pag.session import StepPlan, plan_step
 from sag_pag.settings import Settings
 
@@ -48,7 +47,7 @@ def _inference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if parameters.get("dtype") == torch.float64:
         torch.set_default_dtype(torch.float64)
-        monkeypatch.setattr(CrossAttention, "forward", float64_attention)
+        monkeypatch.setattr(CrossAttention, "forward", fused_forward)
     with torch.no_grad():
         yield
     torch.set_default_dtype(torch.float32)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ldm_cases import Case, engine_step, make_inputs, reference_step, relative_error, webui_cond
 from ldm_host import Host, float64_inference, make_unet
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from sag_pag.attention import MapCapture
 from sag_pag.blocks import Topology
 from sag_pag.branch import Branch, denoise_with_branch
+from sag_pag.demo.layers import fused_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")
 CASES = [
@@ -148,13 +148,7 @@ def test_an_optimised_class_forward_is_used_and_left(unet: nn.Module, monkeypatc
     attention = type(unet.get_submodule("middle_block.1.transformer_blocks.0.attn1"))
 
     def forward(self: Any, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        result: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return result
+        return fused_forward(self, x, context)
 
     case = Case("both", perturb=("middle",), read="input.5")
     slow = reference_step(case, Host(unet, "timestep"))
