@@ -1,7 +1,13 @@
-// The lists of presets are read again when another panel or another browser tab may have changed them.
+// The lists of presets are read again when a panel is opened and when another panel or another browser tab may have
+// changed them.
 
 function sagPagRefreshPresets() {
     gradioApp().querySelectorAll("[id$=_preset_refresh]").forEach((button) => button.click());
 }
 
-onUiLoaded(() => window.addEventListener("focus", sagPagRefreshPresets));
+onUiLoaded(() => {
+    window.addEventListener("focus", sagPagRefreshPresets);
+    for (const label of gradioApp().querySelectorAll(".sag-pag-panel > .label-wrap")) {
+        label.addEventListener("click", sagPagRefreshPresets);
+    }
+});

@@ -6,13 +6,14 @@ Operations are floating-point operations of matrix products, convolutions and at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from sag_pag.blocks import AttentionSite, Topology
 from sag_pag.branch import prefix_modules
-from sag_pag.session import StepPlan, plan_step
+from sag_pag.session import HiresPass, StepPlan, plan_step
 from sag_pag.settings import Settings
 
 TOKENS = 77
@@ -124,13 +125,32 @@ class PictureCost:
     picture: float
 
 
-def picture_cost(
-    settings: Settings, cost: UNetCost, *, steps: int, rows: int, begin: float = 0.0,
-) -> PictureCost:
-    """What a picture costs whose steps are evenly spread from ``begin`` (0 is noise) on. Without hires. fix."""
-    way = [begin + (1 - begin) * step / max(steps - 1, 1) for step in range(steps)]
-    ratios = [cost.step(plan_step(settings, cost.topology, progress=progress), rows=rows) for progress in way]
-    return PictureCost(max(ratios), sum(ratios) / len(ratios))
+@dataclass(frozen=True)
+class Pass:
+    """One pass of sampling at the size of ``cost``, its ``steps`` evenly spread from ``begin`` (0 is noise) to 1."""
+
+    cost: UNetCost
+    steps: int
+    begin: float = 0.0
+    hires: HiresPass | None = None
+
+    def progress(self) -> list[float]:
+        """Of each step."""
+        return [self.begin + (1 - self.begin) * step / max(self.steps - 1, 1) for step in range(self.steps)]
+
+
+def picture_cost(settings: Settings, passes: Sequence[Pass], *, rows: int) -> PictureCost:
+    """What a picture costs that these passes make: one, or two with hires. fix. ``rows`` as for a step's cost."""
+    dearest, total, without = 1.0, 0.0, 0
+    for done in passes:
+        plans = [
+            plan_step(settings, done.cost.topology, progress=progress, hires=done.hires) for progress in done.progress()
+        ]
+        ratios = [done.cost.step(plan, rows=rows) for plan in plans]
+        dearest = max(dearest, *ratios)
+        total += sum(ratios) * done.cost.row
+        without += done.steps * done.cost.row
+    return PictureCost(dearest, total / without)
 
 
 def _resized(layer: nn.Module, size: Size) -> Size:

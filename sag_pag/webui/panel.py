@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 from sag_pag.blocks import Topology
-from sag_pag.cost import UNetCost, picture_cost
+from sag_pag.cost import Pass, PictureCost, UNetCost, picture_cost
 from sag_pag.session import check_blocks
 from sag_pag.settings import FEATURES, PARAMETERS, Feature, Parameter, SettingError, Settings
 from sag_pag.webui import texts
@@ -29,72 +29,80 @@ _ROWS: dict[Feature, tuple[tuple[str, ...], ...]] = {
     "sag": (
         ("sag_scale",), ("sag_threshold", "sag_blur_sigma"), ("sag_block",), ("sag_start", "sag_end"), ("sag_show",),
     ),
-    "both": (
-        ("rescale", "rescale_mode"), ("hires_pass", "hires_own_scales"), ("hires_sag_scale", "hires_pag_scale"),
-    ),
+    "both": (("rescale", "rescale_mode"),),
 }
-_COSTLY = (
-    "sag_enabled", "sag_scale", "sag_blur_sigma", "sag_block", "sag_start", "sag_end",
-    "pag_enabled", "pag_scale", "pag_blocks", "pag_start", "pag_end",
-)
-"""What the cost line depends on."""
-
+_HIRES_ROWS = (("hires_pass", "hires_own_scales"), ("hires_sag_scale", "hires_pag_scale"))
 _QUIET = {"queue": False, "show_progress": False}
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Controls outside the panel that its costs depend on: pixels, steps, CFG scale and, in img2img, denoising."""
+    """Controls outside the panel that its costs depend on: pixels, steps and CFG scale.
+
+    In img2img denoising strength too; where there is hires. fix, its switch, scale, pixels to resize to, steps (0: as
+    many as before) and denoising strength.
+    """
 
     width: Any
     height: Any
     steps: Any
     cfg_scale: Any
     denoising: Any = None
+    hires: Any = None
+    hires_scale: Any = None
+    hires_width: Any = None
+    hires_height: Any = None
+    hires_steps: Any = None
+    hires_denoising: Any = None
 
-    def components(self) -> list[Any]:
-        found = [self.width, self.height, self.steps, self.cfg_scale, self.denoising]
-        return [component for component in found if component is not None]
+    def components(self) -> dict[str, Any]:
+        """Those that there are."""
+        return {name: component for name, component in vars(self).items() if component is not None}
 
 
 class Panel:
     """The controls inside one accordion. ``controls`` are in the positional order of ``PARAMETERS``.
 
     ``elem_id`` makes an element's id from a name. ``switch`` makes the two features' checkboxes where there is such a
-    component; without it they are plain checkboxes.
+    component; without it they are plain checkboxes. ``hires`` shows what is for hires. fix only.
     """
 
-    def __init__(self, elem_id: Callable[[str], str], *, switch: Switch | None, model: LoadedModel) -> None:
+    def __init__(
+        self, elem_id: Callable[[str], str], *, switch: Switch | None, model: LoadedModel, hires: bool = False,
+    ) -> None:
         self.elem_id = elem_id
         self.model = model
+        self.around: tuple[str, ...] = ()
         self.maps: dict[str, Any] = {}
         self.states: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
         with gr.Accordion(texts.PANEL, open=False, elem_id=elem_id("panel"), elem_classes="sag-pag-panel"):
             self.cost = gr.HTML(_cost_line(Settings(), None), elem_id=elem_id("cost"), elem_classes="sag-pag-cost")
             self.refresh = gr.Button("⟳", visible=False, elem_id=elem_id("refresh"), elem_classes="sag-pag-refresh")
-            presets = PresetControls(elem_id)
+            self.presets = PresetControls(elem_id)
             for feature in reversed(FEATURES):
                 self._feature(feature, switch)
-            with gr.Accordion(texts.BOTH, open=False, elem_id=elem_id("both")):
-                self._rows("both")
+            with gr.Accordion(texts.BOTH_AND_HIRES if hires else texts.BOTH, open=False, elem_id=elem_id("both")):
+                self._rows(_ROWS["both"])
+                with gr.Column(visible=hires):
+                    self._rows(_HIRES_ROWS)
         self.controls = [self._made[name] for name in PARAMETERS]
-        presets.connect(self.controls)
+        self.presets.connect(self.controls)
 
     def _feature(self, feature: Feature, switch: Switch | None) -> None:
         parameter = PARAMETERS[f"{feature}_enabled"]
         if switch is None:
             self._made[parameter.name] = _control(parameter, self.elem_id(parameter.name))
             with gr.Group():
-                self._rows(feature)
+                self._rows(_ROWS[feature])
             return
         with switch(False, label=parameter.label, elem_id=self.elem_id(parameter.name)) as component:
             gr.Markdown(parameter.help, elem_classes="sag-pag-help")
-            self._rows(feature)
+            self._rows(_ROWS[feature])
         self._made[parameter.name] = component
 
-    def _rows(self, feature: Feature) -> None:
-        for names in _ROWS[feature]:
+    def _rows(self, rows: tuple[tuple[str, ...], ...]) -> None:
+        for names in rows:
             if PARAMETERS[names[0]].kind == "blocks":
                 self._blocks(PARAMETERS[names[0]])
                 continue
@@ -111,60 +119,78 @@ class Panel:
             self.states[name] = gr.HTML(elem_id=self.elem_id(f"{name}_state"), elem_classes="sag-pag-state")
 
     def connect(self, around: Surroundings) -> None:
-        """Makes costs, maps and text fields follow each other, the surroundings and the loaded model."""
-        inputs = [*self.controls, *around.components()]
+        """Makes costs, maps, text fields and presets follow each other, the surroundings and the loaded model."""
+        components = around.components()
+        self.around = tuple(components)
+        inputs = [*self.controls, *components.values()]
         for name, state in self.states.items():
             field = self._made[name]
             field.change(self._check(name), [field], [state], **_QUIET)
-        costly = [self._made[name] for name in _COSTLY]
-        for component in (*costly, around.steps, around.denoising):
-            if component is not None:
-                component.change(self._overview, inputs, [self.cost], **_QUIET)
+        redrawing = [components.pop(name) for name in ("width", "height", "cfg_scale")]
+        for component in self.controls:
+            component.change(self._follow, [*inputs, self.presets.chosen], [self.cost, self.presets.changed], **_QUIET)
+        for component in components.values():
+            component.change(self._overview, inputs, [self.cost], **_QUIET)
         everything = [self.cost, *self.maps.values(), *self.states.values()]
-        for component in (around.width, around.height, around.cfg_scale):
+        for component in redrawing:
             component.change(self._redraw, inputs, everything, **_QUIET)
         self.refresh.click(self._redraw, inputs, everything, **_QUIET)
 
     def _check(self, name: str) -> Callable[[str], str]:
         return lambda text: _state(name, text, self.model())
 
+    def _follow(self, *values: Any) -> tuple[str, Any]:
+        """The cost line, and whether the values are those of the chosen preset, which comes last."""
+        return self._overview(*values[:-1]), self.presets.compare(values[-1], values[: len(PARAMETERS)])
+
     def _overview(self, *values: Any) -> str:
         """The cost line for the present values."""
-        own, around = values[: len(PARAMETERS)], values[len(PARAMETERS) :]
-        return self._cost(own, around, _unet_cost(self.model(), around))
+        own, around = self._split(values)
+        model = self.model()
+        return _cost_line_of(own, around, [] if isinstance(model, str) else _passes(model, around))
 
     def _redraw(self, *values: Any) -> list[str]:
         """Cost line, maps and states for the present values."""
-        own, around = values[: len(PARAMETERS)], values[len(PARAMETERS) :]
+        own, around = self._split(values)
         model = self.model()
-        texts_of = {name: str(own[list(PARAMETERS).index(name)]) for name in self.maps}
+        texts_of = {name: str(own[name]) for name in self.maps}
         states = [_state(name, text, model) for name, text in texts_of.items()]
-        cost = _unet_cost(model, around)
-        if isinstance(model, str) or cost is None:
-            reason = f'<p class="sag-pag-hint">{escape(str(model))}</p>'
-            maps = [reason for _ in texts_of]
-        else:
-            maps = [
-                block_map(cost, model.resolve_known(text), many=name == "pag_blocks")
-                for name, text in texts_of.items()
-            ]
-        return [self._cost(own, around, cost), *maps, *states]
+        if isinstance(model, str):
+            reason = f'<p class="sag-pag-hint">{escape(model)}</p>'
+            return [_cost_line_of(own, around, []), *(reason for _ in texts_of), *states]
+        passes = _passes(model, around)
+        maps = [
+            block_map(passes[0].cost, model.resolve_known(text), many=name == "pag_blocks")
+            for name, text in texts_of.items()
+        ]
+        return [_cost_line_of(own, around, passes), *maps, *states]
 
-    def _cost(self, own: Sequence[Any], around: Sequence[Any], cost: UNetCost | None) -> str:
-        try:
-            settings = Settings.from_list(own)
-            settings.check_order()
-            check_blocks(settings, cost.topology if cost else None)
-        except SettingError as error:
-            line = _line(f'<span class="sag-pag-error">{texts.NOT_USABLE}</span>')
-            shown_elsewhere = error.field in self.states  # under the text field
-            return line if shown_elsewhere else f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
-        return _cost_line(settings, cost, *around)
+    def _split(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The panel's own values and those around it, by name."""
+        named = dict(zip((*PARAMETERS, *self.around), values, strict=True))
+        own = {name: named.pop(name) for name in PARAMETERS}
+        return own, named
 
 
-def _unet_cost(model: Topology | str, around: Sequence[Any]) -> UNetCost | None:
-    """For the picture's size, in pixels the first two of ``around``; ``None`` without a model."""
-    return None if isinstance(model, str) else UNetCost(model, (int(around[1]) // 8, int(around[0]) // 8))
+def _passes(topology: Topology, around: Mapping[str, Any]) -> list[Pass]:
+    """What a picture with these controls is sampled in: one pass, two with hires. fix."""
+    steps, denoising = int(around["steps"]), around.get("denoising", 1)
+    size = int(around["height"]) // 8, int(around["width"]) // 8
+    first = Pass(UNetCost(topology, size), max(1, round(steps * denoising)), 1 - denoising)
+    if not around.get("hires"):
+        return [first]
+    steps = int(around["hires_steps"]) or steps
+    cost = UNetCost(topology, _hires_size(around))
+    return [replace(first, hires="first pass"), Pass(cost, steps, 1 - around["hires_denoising"], "hires pass")]
+
+
+def _hires_size(around: Mapping[str, Any]) -> tuple[int, int]:
+    """The latent's height and width in the hires pass: both given, one given, or scaled."""
+    height, width, target = around["height"], around["width"], (around["hires_height"], around["hires_width"])
+    if not all(target):
+        scale = target[0] / height or target[1] / width or around["hires_scale"]
+        target = height * scale, width * scale
+    return int(target[0]) // 8, int(target[1]) // 8
 
 
 def _state(name: str, text: str, model: Topology | str) -> str:
@@ -178,11 +204,24 @@ def _state(name: str, text: str, model: Topology | str) -> str:
     return f'<span hidden data-chosen="{selection(topology.resolve(text)) if topology else ""}"></span>'
 
 
-def _cost_line(
-    settings: Settings, cost: UNetCost | None, _width: float = 0, _height: float = 0, steps: float = 20,
-    cfg_scale: float = 7, denoising: float = 1,
-) -> str:
-    """What is on and what it costs; every text in an element of its own."""
+def _cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], passes: Sequence[Pass]) -> str:
+    """What is on and what it costs, or what is wrong with the values. ``passes`` is empty without a model."""
+    try:
+        settings = Settings.from_list(list(own.values()))
+        settings.check_order()
+        check_blocks(settings, passes[0].cost.topology if passes else None)
+    except SettingError as error:
+        line = _line(f'<span class="sag-pag-error">{texts.NOT_USABLE}</span>')
+        if PARAMETERS[error.field].kind == "blocks":
+            return line  # shown under the text field
+        return f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
+    if not passes or not settings.enabled:
+        return _cost_line(settings, None)
+    return _cost_line(settings, picture_cost(settings, passes, rows=1 if around["cfg_scale"] == 1 else 2))
+
+
+def _cost_line(settings: Settings, cost: PictureCost | None) -> str:
+    """What is on and, if known, what it costs; every text in an element of its own."""
     if not settings.enabled:
         return _line(f'<span class="sag-pag-off">{texts.OFF}</span>')
     on = "".join(
@@ -191,11 +230,9 @@ def _cost_line(
     )
     if cost is None:
         return _line(on)
-    count = max(1, round(steps * denoising))
-    ratio = picture_cost(settings, cost, steps=count, rows=1 if cfg_scale == 1 else 2, begin=1 - denoising)
     return _line(
-        f'{on}<span title="{texts.COST_HELP}"><b>≈ {ratio.step:.2f}×</b> <span>{texts.PER_STEP}</span>, '
-        f"<b>≈ {ratio.picture:.2f}×</b> <span>{texts.PER_PICTURE}</span></span>"
+        f'{on}<span title="{texts.COST_HELP}"><b>≈ {cost.step:.2f}×</b> <span>{texts.PER_STEP}</span>, '
+        f"<b>≈ {cost.picture:.2f}×</b> <span>{texts.PER_PICTURE}</span></span>"
     )
 
 

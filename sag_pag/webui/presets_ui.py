@@ -42,32 +42,39 @@ class PresetControls:
             self.yes = _button("✔️", texts.YES, elem_id("preset_yes"))
             self.no = _button("✖️", texts.NO, elem_id("preset_no"))
         self.asked = gr.State("")
+        self.changed = gr.HTML(f"<span>{texts.CHANGED}</span>", visible=False, elem_id=elem_id("preset_changed"))
         self.status = gr.HTML(self._status(), elem_id=elem_id("preset_status"))
         for control in (
             self.chosen, self.save, self.rename, self.delete, self.refresh, self.name, self.yes, self.no, self.asked,
-            self.status,
+            self.changed, self.status,
         ):
             control.do_not_save_to_config = True
 
     def connect(self, controls: Sequence[Any]) -> None:
         """Ties the presets to the panel's controls, which are in the order of ``PARAMETERS``."""
         plain = {"show_progress": False, "queue": False}
-        self.chosen.attach_load_event(self._refresh, None)  # the panel may be older than the file
-        self.status.attach_load_event(self._status, None)
-        self.refresh.click(self._refresh, outputs=[self.chosen], **plain)
+        self.refresh.click(self._refresh, outputs=[self.chosen, self.status], **plain)
         # "select", not "input": that one is silent where the same is chosen once more
-        self.chosen.select(self._choose, outputs=[*controls, self.status], **plain)
+        self.chosen.select(self._choose, outputs=[*controls, self.status, self.changed], **plain)
         asking = [self.asked, self.question, self.name, self.status]
         self.save.click(self._ask_save, inputs=[self.chosen], outputs=asking, **plain)
         self.rename.click(self._ask_rename, inputs=[self.chosen], outputs=asking, **plain)
         self.delete.click(self._ask_delete, inputs=[self.chosen], outputs=asking, **plain)
         answer = {
             "inputs": [self.asked, self.chosen, self.name, *controls],
-            "outputs": [self.chosen, self.question, self.status], **plain,
+            "outputs": [self.chosen, self.question, self.status, self.changed], **plain,
         }
         for event in (self.yes.click, self.name.submit):
             event(self._do, **answer).then(fn=None, _js=_REFRESH_ALL)
         self.no.click(lambda: (gr.update(visible=False), self._status()), outputs=[self.question, self.status], **plain)
+
+    def compare(self, chosen: str | None, values: Sequence[Any]) -> Any:
+        """Shows or hides that the panel's values are no longer those of the chosen preset."""
+        try:
+            same = chosen is None or self.store.get(chosen).settings() == Settings.from_list(values)
+        except (PresetError, SettingError):
+            same = False
+        return gr.update(visible=not same)
 
     def _names(self) -> list[str]:
         try:
@@ -75,8 +82,10 @@ class PresetControls:
         except PresetError:
             return []  # ``_status`` says why
 
-    def _refresh(self) -> Any:
-        return gr.update(choices=self._names())
+    def _refresh(self) -> tuple[Any, Any]:
+        """The list as it is now, and whether it can't be read."""
+        names, problem = self._names(), self._status()
+        return gr.update(choices=names), problem or gr.update()
 
     def _status(self, text: str = "", *, name: str | None = None, error: object = None) -> str:
         """What stands under the dropdown; a broken file is named for as long as the WebUI runs."""
@@ -97,8 +106,9 @@ class PresetControls:
         try:
             preset = self.store.get(str(event.value))
         except PresetError as error:
-            return [*(gr.update() for _ in PARAMETERS), self._status(error=error)]
-        return [*(gr.update(value=value) for value in preset.settings().values()), self._status(preset.description)]
+            return [*(gr.update() for _ in PARAMETERS), self._status(error=error), gr.update()]
+        values = [gr.update(value=value) for value in preset.settings().values()]
+        return [*values, self._status(preset.description), gr.update(visible=False)]
 
     def _ask_save(self, chosen: str | None) -> tuple[Any, ...]:
         try:
@@ -129,9 +139,9 @@ class PresetControls:
         try:
             now, done = self._change(asked, chosen, name, values)
         except (PresetError, SettingError) as error:
-            return gr.update(choices=self._names()), gr.update(), self._status(error=error)
+            return gr.update(choices=self._names()), gr.update(), self._status(error=error), gr.update()
         status = self._status(done, name=now or chosen)
-        return gr.update(choices=self._names(), value=now), gr.update(visible=False), status
+        return gr.update(choices=self._names(), value=now), gr.update(visible=False), status, self.compare(now, values)
 
     def _change(
         self, asked: str, chosen: str | None, name: str, values: Sequence[Any]

@@ -21,10 +21,16 @@ except ImportError:  # before WebUI 1.7
 CALLBACKS = Callbacks()
 
 _SHOWN = "sag_pag_shown"
-"""Attribute of a processing object: the pictures of what SAG saw, until they are in the gallery."""
+"""Attribute of a processing object: by picture number the sheets of what SAG saw, until they are in the gallery."""
 
-_TXT2IMG = {"width": "width", "height": "height", "steps": "steps", "cfg_scale": "cfg_scale"}
-_AROUND = {"txt2img": _TXT2IMG, "img2img": {**_TXT2IMG, "denoising_strength": "denoising"}}
+_EVERYWHERE = {"width": "width", "height": "height", "steps": "steps", "cfg_scale": "cfg_scale"}
+_AROUND = {
+    "txt2img": {
+        **_EVERYWHERE, "hr-checkbox": "hires", "hr_scale": "hires_scale", "hr_resize_x": "hires_width",
+        "hr_resize_y": "hires_height", "hires_steps": "hires_steps", "denoising_strength": "hires_denoising",
+    },
+    "img2img": {**_EVERYWHERE, "denoising_strength": "denoising"},
+}
 """For each tab, what the WebUI calls the controls of ``Surroundings``."""
 
 
@@ -43,7 +49,8 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        panel = self._panel = Panel(self.elem_id, switch=InputAccordion, model=host.model_in_memory)
+        model, hires = host.model_in_memory, not is_img2img
+        panel = self._panel = Panel(self.elem_id, switch=InputAccordion, model=model, hires=hires)
         keys = [parameter.infotext for parameter in PARAMETERS.values()]
         self.infotext_fields = list(zip(panel.controls, keys, strict=True))
         self.paste_field_names = keys
@@ -84,14 +91,16 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         """Draws what SAG saw of this picture, if that is to be shown."""
         views = [(at, view.attention[p.batch_index], view.mask[p.batch_index]) for at, view in vars(p).get(VIEWS, ())]
         if views:
-            setattr(p, _SHOWN, [*getattr(p, _SHOWN, ()), show(pp.image, views)])
+            number = p.iteration * p.batch_size + p.batch_index
+            setattr(p, _SHOWN, {**vars(p).get(_SHOWN, {}), number: show(pp.image, views)})
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        """Adds what was drawn to the gallery, and to what the API gives."""
-        shown = vars(p).pop(_SHOWN, [])
+        """Adds what was drawn to the gallery, and to what the API gives, with the infotext of the pictures."""
+        shown = vars(p).pop(_SHOWN, {})
         vars(p).pop(VIEWS, None)
-        processed.images.extend(shown)
-        processed.infotexts.extend([texts.SEEN] * len(shown))
+        own = processed.infotexts[processed.index_of_first_image :]
+        processed.images.extend(shown.values())
+        processed.infotexts.extend(f"{own[number]}, {texts.SEEN}" for number in shown)
 
 
 def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:

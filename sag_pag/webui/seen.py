@@ -36,13 +36,20 @@ def show(picture: Image.Image, views: Sequence[View]) -> Image.Image:
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     width, height = size[0] + _GAP, size[1] + _GAP
-    sheet = Image.new("RGB", (len(points) * width + _GAP, _LINE + 2 * height), "white")
+    sheet = Image.new("RGB", (len(points) * width + _GAP, 3 * _LINE + 2 * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+
+    def write(text: str, left: int, top: int) -> None:
+        draw.text((left, top + _LINE // 3), text, fill="black", font=font)
+
+    upper, lower = 2 * _LINE, 3 * _LINE + height
+    write(texts.SEEN_MASK, _GAP, 0)
+    write(texts.SEEN_ATTENTION, _GAP, lower - _LINE)
     for column, (progress, attention, mask) in enumerate(points):
         left = _GAP + column * width
-        draw.text((left, _LINE // 3), texts.PERCENT.format(progress), fill="black", font=font)
-        sheet.paste(overlay(small, mask), (left, _LINE))
-        sheet.paste(heat_map(attention, size), (left, _LINE + height))
+        write(texts.PERCENT.format(progress), left, upper - _LINE)
+        sheet.paste(overlay(small, mask), (left, upper))
+        sheet.paste(heat_map(attention, size), (left, lower))
     return sheet
 
 

@@ -4,12 +4,13 @@ Each is shown as a text of its own, never joined to another, so that the WebUI's
 """
 
 PANEL = "Self-Attention & Perturbed-Attention Guidance"
-BOTH = "Both: contrast and hires. fix"
+BOTH = "Both: contrast"
+BOTH_AND_HIRES = "Both: contrast and hires. fix"
 
 OFF = "off"
 PER_STEP = "per guided step"
 PER_PICTURE = "for this picture"
-COST_HELP = "Computing, compared with the same picture without guidance; hires. fix is not counted"
+COST_HELP = "Computing, compared with the same picture without guidance"
 NOT_USABLE = "a setting can't be used"
 
 NO_MODEL = "No model is loaded yet."
@@ -22,11 +23,15 @@ HEADS = "heads"
 ALONE = "cost alone"
 TRANSFORMERS = "Transformer blocks"
 
-SEEN = "What SAG saw: in orange what it blurs, and below how much attention each place got (bright is much)"
+SEEN_MASK = "Orange: what SAG blurs"
+SEEN_ATTENTION = "Bright: what gets much attention"
+SEEN = "SAG sheet: mask and attention"
+"""Added to the infotext of the picture that the sheet belongs to."""
 PERCENT = "{:.0%} of the way"
 
 PRESET = "Preset"
 PRESET_HELP = "Sets all controls below; the sentence under it says when to use it."
+CHANGED = "Values were changed since."
 PRESET_NAME = "Name of the preset"
 SAVE = "Save the panel's values as a preset of your own"
 RENAME = "Rename the chosen preset"

@@ -10,7 +10,7 @@ import torch
 
 from sag_pag.benchmark.steps import Method, step_config, step_flops
 from sag_pag.blocks import Topology
-from sag_pag.cost import UNetCost, picture_cost
+from sag_pag.cost import Pass, UNetCost, picture_cost
 from sag_pag.demo.unet import UNetModel
 from sag_pag.session import plan_step
 from sag_pag.settings import Settings
@@ -73,13 +73,26 @@ def test_sizes_that_do_not_halve_evenly() -> None:
 
 def test_a_picture_costs_the_mean_of_its_steps() -> None:
     cost = cost_of("sd1", 32)
-    everywhere = picture_cost(Settings(pag_enabled=True), cost, steps=20, rows=2)
+    passes = [Pass(cost, 20)]
+    everywhere = picture_cost(Settings(pag_enabled=True), passes, rows=2)
     step = cost.step(plan_step(Settings(pag_enabled=True), cost.topology, progress=0), rows=2)
     assert everywhere.step == step == pytest.approx(everywhere.picture)
-    half = picture_cost(Settings(pag_enabled=True, pag_end=0.5), cost, steps=20, rows=2)
+    half = picture_cost(Settings(pag_enabled=True, pag_end=0.5), passes, rows=2)
     assert half.step == everywhere.step
     assert half.picture - 1 == pytest.approx((half.step - 1) / 2)
-    nothing = picture_cost(Settings(), cost, steps=20, rows=2)
+    nothing = picture_cost(Settings(), passes, rows=2)
     assert nothing.step == nothing.picture == 1
-    alone = picture_cost(Settings(pag_enabled=True), cost, steps=1, rows=1)
+    alone = picture_cost(Settings(pag_enabled=True), [Pass(cost, 1)], rows=1)
     assert alone.picture - 1 == pytest.approx(2 * (everywhere.picture - 1))
+
+
+@pytest.mark.parametrize("which", ["both passes", "first pass", "hires pass"])
+def test_two_passes_cost_what_is_counted(which: str) -> None:
+    """Ten steps at the first size, four at twice its side: operations counted with PAG, over those without."""
+    passes = [Pass(cost_of("sd1", 16), 10, hires="first pass"), Pass(cost_of("sd1", 32), 4, 0.3, "hires pass")]
+    counts = [(10, counted("sd1", 16), "first pass"), (4, counted("sd1", 32), "hires pass")]
+    guided = sum(n * count["PAG" if which in ("both passes", name) else "nothing"] for n, count, name in counts)
+    found = picture_cost(Settings(pag_enabled=True, hires_pass=which), passes, rows=2)
+    assert found.picture == pytest.approx(guided / sum(n * count["nothing"] for n, count, _ in counts), abs=1e-12)
+    own = {"pag_enabled": True, "hires_own_scales": True, "hires_pag_scale": 0}
+    assert (picture_cost(Settings(**own), passes, rows=2) == found) == (which == "first pass")

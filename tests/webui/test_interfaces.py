@@ -172,5 +172,6 @@ def test_what_sag_sees(client: Client, more: dict[str, Any]) -> None:
     for sheet in shown.images[count:]:
         assert sheet.shape[1] > 3.5 * 256
         assert sheet.std() > 10
-    assert "What SAG saw" in shown.info["infotexts"][-1]
+    infotexts = shown.info["infotexts"]
+    assert infotexts[count:] == [f"{text}, SAG sheet: mask and attention" for text in infotexts[count - made : count]]
     assert len(client.txt2img(**guided(pag_scale=1)).images) == 1

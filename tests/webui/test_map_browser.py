@@ -121,6 +121,39 @@ def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
     assert float(half[2]) - 1 == pytest.approx((float(whole[2]) - 1) / 2, abs=0.011)
 
 
+def test_hires_fix_is_counted(page: Any, client: Client) -> None:
+    """Two passes of one size and as many steps: guidance in the first alone costs half as much more."""
+    client.load_checkpoint("sd1")
+    load(page, page.url)
+    open_panel(page, "txt2img", "pag")
+    page.locator("#txt2img_hr > .label-wrap").click()
+    page.locator("#txt2img_hr_scale input[type=number]").fill("1")
+    page.locator("#txt2img_denoising_strength input[type=number]").fill("1")
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(WAIT)
+    both = re.search(r"≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)×", head(page))
+    assert both is not None, head(page)
+    assert both[1] == both[2]
+    page.locator(f"{element('txt2img', 'both')} > .label-wrap").click()
+    page.locator(f"{element('txt2img', 'hires_pass')} label", has_text="first pass").click()
+    page.wait_for_timeout(WAIT)
+    first = re.search(r"≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)×", head(page))
+    assert first is not None
+    assert first[1] == both[1]
+    assert float(first[2]) - 1 == pytest.approx((float(both[2]) - 1) / 2, abs=0.011)
+
+
+def test_img2img_has_no_hires_controls(page: Any) -> None:
+    for tab, there in (("txt2img", True), ("img2img", False)):
+        page.locator("#tabs button", has_text=tab).first.click()
+        panel = open_panel(page, tab)
+        page.locator(f"{element(tab, 'both')} > .label-wrap").click()
+        page.wait_for_timeout(WAIT)
+        assert page.locator(element(tab, "rescale")).is_visible()
+        assert page.locator(element(tab, "hires_pass")).is_visible() is there
+        assert ("hires" in panel.inner_text()) is there
+
+
 def test_a_wrong_name(page: Any, client: Client) -> None:
     """Shown at once in red, and a generation refuses in the same words."""
     client.load_checkpoint("sd1")

@@ -112,6 +112,38 @@ def test_choosing_sets_every_control(page: Any, file: Path) -> None:
     assert not file.exists()
 
 
+def test_values_that_were_changed_since(page: Any, file: Path) -> None:
+    """Said at once, also after a paste; no longer once they are back, saved, or another preset is chosen."""
+    changed = page.locator(element(TAB, "preset_changed")).first
+    scale = page.locator(f"{element(TAB, 'pag_scale')} input[type=number]")
+
+    def set_scale(value: str) -> None:
+        scale.fill(value)
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(1200)
+
+    choose(page, "SD 1.5")
+    assert not changed.is_visible()
+    set_scale("2.5")
+    assert changed.is_visible()
+    screenshot(page, "preset-changed")
+    set_scale("3")
+    assert not changed.is_visible()
+    set_scale("2.5")
+    press(page, "save")
+    write_name(page, "Mine")
+    press(page, "yes")
+    assert not changed.is_visible()
+    page.locator("#txt2img_prompt textarea").fill("a cat\nSteps: 4, Size: 128x128, PAG: True, PAG scale: 1")
+    page.locator("#txt2img_tools #paste").click()
+    page.wait_for_timeout(2500)
+    assert number(page, TAB, "pag_scale") == 1
+    assert changed.is_visible()
+    choose(page, "Mine")
+    assert number(page, TAB, "pag_scale") == 2.5
+    assert not changed.is_visible()
+
+
 def test_an_own_preset_through_its_life(page: Any, webui: Server, file: Path) -> None:
     choose(page, "Structure and detail (both)")
     page.locator(f"{element(TAB, 'pag_blocks')} :is(textarea, input)").fill("middle, output.3")
@@ -169,6 +201,7 @@ def test_a_broken_file_is_named(page: Any, webui: Server, file: Path) -> None:
     before = set(file.parent.glob("presets.broken-*"))
     file.write_text("{", encoding="utf-8")
     load(page, webui.url)
+    assert offered(page) == [preset.name for preset in BUILT_IN]
     (aside,) = set(file.parent.glob("presets.broken-*")) - before
     assert str(aside) in status(page)
     choose(page, "Subtle")

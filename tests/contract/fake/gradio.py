@@ -27,9 +27,6 @@ class Block:
 
     click = select = submit = then = _listen
 
-    def attach_load_event(self, fn: Any, every: float | None) -> None:
-        """Something to do when the page is loaded, which it never is."""
-
 
 def Warning(message: str) -> None:  # noqa: N802 - gradio's name
     """A message on the page."""
