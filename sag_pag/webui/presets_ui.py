@@ -71,7 +71,7 @@ class PresetControls:
     def compare(self, chosen: str | None, values: Sequence[Any]) -> Any:
         """Shows or hides that the panel's values are no longer those of the chosen preset."""
         try:
-            same = chosen is None or self.store.get(chosen).settings() == Settings.from_list(values)
+            same = not chosen or self.store.get(chosen).settings() == Settings.from_list(values)
         except (PresetError, SettingError):
             same = False
         return gr.update(visible=not same)
