@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ from sag_pag.demo.metrics import Estimate, Moments
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.points import Point
 from sag_pag.demo.progress import Progress
-from sag_pag.demo.sampling import sample
+from sag_pag.demo.sampling import noise_of, sample
 
 REFERENCE_SEED = 3 * 10**6
 REAL_SEED = 4 * 10**6
@@ -55,7 +56,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Result:
-    """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds."""
+    """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds.
+
+    ``two_objects`` and ``striped`` are the shares of pictures in which the classifier sees two objects and stripes.
+    """
 
     point: Point
     samples: int
@@ -64,6 +68,8 @@ class Result:
     precision: Estimate
     recall: Estimate
     agreement: Estimate
+    two_objects: Estimate
+    striped: Estimate
     gigaflops: float
 
 
@@ -85,16 +91,17 @@ def drawn_features(classifier: Classifier, count: int, *, seed: int, chunk: int 
     return torch.cat(parts)
 
 
-def group_captions(group: int, size: int) -> Tensor:
-    """``(size, 8)`` word ids of one group: complete captions, drawn as training's are."""
-    generator = torch.Generator().manual_seed(CAPTION_SEED * 10**9 + group)
-    return data.caption_ids(data.draw_scenes(size, generator))
+def group_scenes(group: int, size: int) -> data.Scenes:
+    """What the captions of one group say, drawn as training's are."""
+    return data.draw_scenes(size, torch.Generator().manual_seed(CAPTION_SEED * 10**9 + group))
 
 
 def count_gigaflops(model: DemoModel, point: Point) -> float:
     """Floating-point operations of one picture, counted."""
+    captions = ["red star on green" if point.captioned else ""]
+    drawn = noise_of([0], size=data.SIZE) if point.recipe.begin else None
     with FlopCounterMode(display=False) as counter:
-        sample(model, ["red star on green" if point.captioned else ""], seeds=[0], recipe=point.recipe)
+        sample(model, captions, seeds=[0], recipe=point.recipe, drawn=drawn)
     return float(counter.get_total_flops()) / 1e9
 
 
@@ -144,7 +151,9 @@ class Evaluation:
     def make(self, point: Point, group: int, *, on_step: Callable[[], None] | None = None) -> None:
         """Sample one group and write its features and caption agreement."""
         size = self.size
-        ids = group_captions(group, size.group)
+        scenes = group_scenes(group, size.group)
+        ids = data.caption_ids(scenes)
+        drawn = self.model.first_stage_model.encode(data.render(scenes)).float() if point.recipe.begin else None
         captions = [describe(row) if point.captioned else "" for row in ids.tolist()]
         features, agreements = [], []
         for start in range(0, size.group, size.batch):
@@ -152,7 +161,10 @@ class Evaluation:
             seeds = [group * size.group + row for row in rows]
             part = captions[rows.start : rows.stop]
             with fused_attention(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                latent = sample(self.model, part, seeds=seeds, recipe=point.recipe, on_step=on_step)
+                latent = sample(
+                    self.model, part, seeds=seeds, recipe=point.recipe, on_step=on_step,
+                    drawn=None if drawn is None else drawn[rows.start : rows.stop],
+                )  # fmt: skip
             pictures = self.model.first_stage_model.decode(latent)
             features.append(self.classifier.embed(pictures))
             agreements.append(agreement(self.classifier.answers(features[-1]), ids[rows.start : rows.stop]))
@@ -197,8 +209,15 @@ class Evaluation:
             agreement=metrics.mean_estimate([part["agreement"] for part in loaded])
             if point.captioned
             else Estimate(math.nan, math.nan),
+            two_objects=self.share([part["features"] for part in loaded], "second shape"),
+            striped=self.share([part["features"] for part in loaded], "pattern"),
             gigaflops=self.costs[key],
         )
+
+    def share(self, groups: Sequence[Tensor], what: Literal["second shape", "pattern"]) -> Estimate:
+        """Of pictures in which the classifier sees that there is one."""
+        slot = {"second shape": 5, "pattern": 6}[what]
+        return metrics.mean_estimate([self.classifier.answers(group)[slot].argmax(dim=1) > 0 for group in groups])
 
     def _coverage(self, groups: list[Tensor]) -> tuple[Estimate, Estimate]:
         """Precision over the groups of samples; recall once more without each group."""
@@ -211,9 +230,10 @@ class Evaluation:
         precision = metrics.mean_estimate(torch.split(on_real, [len(group) for group in groups]))
         return precision, metrics.jackknife(len(groups), recall)
 
-    def floor(self) -> tuple[Estimate, Estimate, Estimate]:
-        """Real against real: Fréchet distance, precision and recall of as many drawn pictures as a point has."""
+    def floor(self) -> tuple[Estimate, Estimate, Estimate, Estimate, Estimate]:
+        """Fréchet distance, precision, recall, two objects, striped of as many drawn pictures as a point has."""
         drawn = drawn_features(self.classifier, self.size.total, seed=REAL_SEED)
         groups = list(torch.split(drawn, self.size.group))
         precision, recall = self._coverage(groups)
-        return metrics.frechet_estimate(self.reference, [Moments.of(group) for group in groups]), precision, recall
+        frechet = metrics.frechet_estimate(self.reference, [Moments.of(group) for group in groups])
+        return frechet, precision, recall, self.share(groups, "second shape"), self.share(groups, "pattern")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from sag_pag.demo.sampling import Recipe
+from sag_pag.demo.sampling import Recipe, noise_levels
 from sag_pag.settings import Settings
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
@@ -31,8 +31,9 @@ class Point:
 
     @property
     def baseline(self) -> Point:
-        """The same without guidance."""
-        return replace(self, label="none", recipe=replace(self.recipe, settings=Settings(), every=1), x=0.0)
+        """The same from noise on and without guidance."""
+        recipe = replace(self.recipe, settings=Settings(), every=1, begin=0.0)
+        return replace(self, label="none", recipe=recipe, x=0.0)
 
     def key(self, *, model: str, group_size: int, bf16: bool) -> str:
         """A short name of all that the pictures depend on, for resuming."""
@@ -77,8 +78,10 @@ _BLOCKS = (
     "input.1, middle, output.0-1",
 )
 _RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.75), (0.25, 1.0), (0.5, 1.0))
+_BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Where the model goes on from drawn pictures under noise, unguided: from which noise level on is it right?"""
 
-SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost")
+SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin")
 
 
 def sweep_points(
@@ -87,12 +90,20 @@ def sweep_points(
     """The points of one sweep, the unguided one first. Raises ``ValueError`` for an unknown sweep."""
     points: list[Point] = []
     for mode in modes:
-        added = [
+        added = _begins(mode, steps) if sweep == "begin" else [
             Point(sweep, label, mode, _recipe(mode, values, steps=steps, every=every), x)
             for label, values, every, x in _variants(sweep)
         ]
         points += [added[0].baseline, *added]
     return points
+
+
+def _begins(mode: Mode, steps: int) -> list[Point]:
+    found = []
+    for begin in _BEGINS:
+        label = f"from noise level {noise_levels(steps, begin)[0]:.1f}"
+        found.append(Point("begin", label, mode, replace(_recipe(mode, {}, steps=steps), begin=begin), begin))
+    return found
 
 
 def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | None]]:

@@ -16,7 +16,8 @@ BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",
     "frechet", "frechet_margin", "change", "change_margin", "precision", "precision_margin",
-    "recall", "recall_margin", "agreement", "agreement_margin", "gflop_per_picture",
+    "recall", "recall_margin", "agreement", "agreement_margin", "two_objects", "two_objects_margin",
+    "striped", "striped_margin", "gflop_per_picture",
 )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def csv_row(result: Result) -> dict[str, object]:
         "samples": result.samples,
         "gflop_per_picture": f"{result.gigaflops:.2f}",
     }
-    for name in ("frechet", "change", "precision", "recall", "agreement"):
+    for name in ("frechet", "change", "precision", "recall", "agreement", "two_objects", "striped"):
         estimate: Estimate | None = getattr(result, name)
         known = estimate is not None and estimate.value == estimate.value
         row[name] = f"{estimate.value:.4f}" if estimate is not None and known else ""
@@ -57,7 +58,10 @@ def _share(estimate: Estimate | None, *, signed: bool = False) -> str:
 
 def markdown_table(results: Sequence[Result]) -> str:
     """The results as a table for the docs, one row a point."""
-    head = ("mode", "guidance", "Fréchet distance", "change", "precision", "recall", "caption seen", "GFLOP")
+    head = (
+        "mode", "guidance", "Fréchet distance", "change", "precision", "recall", "caption seen", "two objects",
+        "striped", "GFLOP",
+    )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for result in results:
         cells = (
@@ -68,6 +72,8 @@ def markdown_table(results: Sequence[Result]) -> str:
             _share(result.precision),
             _share(result.recall),
             _share(result.agreement),
+            _share(result.two_objects),
+            _share(result.striped),
             f"{result.gigaflops:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -85,13 +91,14 @@ def write_all(
     if docs is not None:
         split_at_marks(docs)
     results = {sweep: [judge.result(point) for point in points] for sweep, points in wanted.items()}
-    frechet, precision, recall = judge.floor()
+    frechet, precision, recall, two_objects, striped = judge.floor()
     written = [out / "results.csv"]
     write_csv([result for part in results.values() for result in part], written[0])
     floor = (
         f"{judge.size.total} samples a line, in {judge.size.groups} groups of seeds; intervals of 95 %; computed in "
         f"{'bfloat16' if judge.bf16 else 'float32'}. As many real pictures against the same {len(judge.drawn)} real "
-        f"ones: Fréchet distance {frechet}, precision {_share(precision)}, recall {_share(recall)}."
+        f"ones: Fréchet distance {frechet}, precision {_share(precision)}, recall {_share(recall)}, "
+        f"two objects in {_share(two_objects)}, stripes in {_share(striped)}."
     )
     tables = {}
     for sweep, part in results.items():

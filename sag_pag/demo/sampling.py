@@ -23,19 +23,25 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make pictures. ``cfg`` 1 is without CFG; ``every`` 2 guides (SAG, PAG) in every second step only."""
+    """How to make pictures. ``cfg`` 1 is without CFG; ``every`` 2 guides (SAG, PAG) in every second step only.
+
+    ``begin`` is the share of the steps that is left out because the pictures are there already, as in img2img.
+    """
 
     settings: Settings = field(default_factory=Settings)
     cfg: float = 1.0
     steps: int = 20
     sampler: str = "euler"
     every: int = 1
+    begin: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
         if self.every < 1:
             raise ValueError("every must be at least 1")
+        if not 0 <= self.begin < 1:
+            raise ValueError("begin must be at least 0 and below 1")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
         self.settings.check_order()
@@ -61,10 +67,10 @@ def noise_of(seeds: Sequence[int], *, size: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def noise_levels(steps: int) -> list[float]:
-    """``steps + 1`` falling noise levels: equally spaced timesteps from the noisiest on, then 0."""
+def noise_levels(steps: int, begin: float = 0.0) -> list[float]:
+    """``steps + 1`` falling noise levels: equally spaced timesteps from the noisiest on, then 0; from ``begin`` on."""
     timesteps = torch.linspace(TIMESTEPS - 1, 0, steps + 1, dtype=torch.float64)[:-1]
-    return [*sigma_of(timesteps).tolist(), 0.0]
+    return [*sigma_of(timesteps).tolist(), 0.0][round(begin * steps) :]
 
 
 class GuidedDenoiser:
@@ -154,18 +160,24 @@ def sample(
     seeds: Sequence[int],
     recipe: Recipe,
     size: int = 64,
+    drawn: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Latents ``(B, 8, size/4, size/4)`` of one picture for each caption and seed.
 
+    ``drawn`` are latents of pictures to begin from (the noise is added to them), which a recipe with ``begin`` needs.
     Raises ``CaptionError`` for a caption that the model cannot read, ``ValueError`` for unequal numbers of both.
     """
+    if recipe.begin and drawn is None:
+        raise ValueError("nothing to begin from")
     if len(captions) != len(seeds):
         raise ValueError(f"{len(captions)} captions for {len(seeds)} seeds")
     context, empty = model.context(captions), model.context([""] * len(captions))
     denoise = GuidedDenoiser(model, recipe, context=context, empty=empty)
-    levels = noise_levels(recipe.steps)
+    levels = noise_levels(recipe.steps, recipe.begin)
     x = noise_of(seeds, size=size).to(context) * levels[0]
+    if drawn is not None:
+        x += drawn
     for following in SAMPLERS[recipe.sampler](denoise, x, levels):
         x = following
         if on_step is not None:

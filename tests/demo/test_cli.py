@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from sag_pag.demo import classifier, cli, evaluate, grid, points, report
+from sag_pag.demo import classifier, cli, data, evaluate, grid, points, report
 from sag_pag.demo.evaluate import Evaluation, Size
 from sag_pag.demo.metrics import Moments, frechet_distance
 from sag_pag.demo.model import DemoModel, load
@@ -205,11 +205,13 @@ def test_bfloat16_pictures_are_those_of_float32(judge: Evaluation, monkeypatch: 
 
 def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
     judge = Evaluation(judge.model, judge.classifier, out=judge.out, size=Size(groups=2, group=100))
-    frechet, precision, recall = judge.floor()
+    frechet, precision, recall, two_objects, striped = judge.floor()
     noise = Moments.of(judge.classifier.embed(torch.rand(200, 3, 64, 64)))
     assert frechet.value < 0.1 * frechet_distance(judge.reference, noise)
     assert precision.value > 0.5
     assert recall.value > 0.5
+    assert two_objects.value == pytest.approx(data.TWO_OBJECTS, abs=0.1)
+    assert striped.value == pytest.approx(data.STRIPED, abs=0.1)
 
 
 @pytest.mark.parametrize("sweep", points.SWEEPS)
@@ -218,7 +220,7 @@ def test_sweeps_start_from_their_baseline(sweep: str) -> None:
     for mode in ("unconditional", "captioned, CFG 3"):
         chosen = [point for point in wanted if point.mode == mode]
         assert not chosen[0].recipe.settings.enabled
-        assert all(point.recipe.settings.enabled for point in chosen[1:])
+        assert all(point.recipe.settings.enabled or point.recipe.begin for point in chosen[1:])
         assert all(point.baseline.recipe == chosen[0].recipe for point in chosen)
         assert len({point.label for point in chosen}) == len(chosen) >= 5
 

@@ -141,3 +141,19 @@ def test_bad_captions(model: DemoModel) -> None:
         sample(model, ["cat"], seeds=[1], recipe=Recipe(steps=1))
     with pytest.raises(ValueError, match="2 captions for 1 seeds"):
         sample(model, CAPTIONS, seeds=[1], recipe=Recipe(steps=1))
+
+
+def test_going_on_from_drawn_pictures(model: DemoModel) -> None:
+    """The later it begins, the nearer the result stays to what was drawn; nothing to begin from is refused."""
+    drawn = noise_of([8, 9], size=64)
+
+    def distance(begin: float) -> float:
+        recipe = Recipe(steps=10, begin=begin)
+        return (sample(model, ["", ""], seeds=[1, 2], recipe=recipe, drawn=drawn) - drawn).square().mean().item()
+
+    assert distance(0.9) < distance(0.6) < distance(0.3)
+    assert noise_levels(10, 0.3) == noise_levels(10)[3:]
+    with pytest.raises(ValueError, match="nothing to begin from"):
+        sample(model, [""], seeds=[1], recipe=Recipe(begin=0.5))
+    with pytest.raises(ValueError, match="begin must be"):
+        Recipe(begin=1.0)
