@@ -177,6 +177,10 @@ def run_train_classifier(arguments: Sequence[str]) -> None:
     say(f"{options.out.resolve()}; accuracy by slot: {', '.join(f'{x:.3f}' for x in classifier.accuracy(model))}")
 
 
+DEFAULT = "default"
+"""What ``evaluate`` calls the default set."""
+
+
 def run_evaluate(arguments: Sequence[str]) -> None:
     """The proof: Fréchet distance, precision, recall, caption agreement."""
     parser = _new_parser("evaluate", "Measures what guidance does to many samples; goes on where it was stopped.")
@@ -186,7 +190,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
     parser.add_argument(
-        "--sweep", action="append", choices=points.SWEEPS, help="instead of the default set; repeatable"
+        "--sweep", action="append", choices=(DEFAULT, *points.SWEEPS), help="instead of the default set; repeatable"
     )
     parser.add_argument("--all", action="store_true", help="the default set and every sweep")
     parser.add_argument("--mode", action="append", choices=points.MODES, help="nothing but this mode; repeatable")
@@ -215,11 +219,10 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size,
         bf16=not options.float32,
     )  # fmt: skip
-    wanted = {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in options.sweep or ()}
-    if options.all or not wanted:
-        wanted = {"default": points.default_points(options.steps), **wanted}
-    if options.all:
-        wanted |= {sweep: points.sweep_points(sweep, steps=options.steps) for sweep in points.SWEEPS}
+    names = (DEFAULT, *points.SWEEPS) if options.all else options.sweep or (DEFAULT,)
+    wanted = {name: points.sweep_points(name, steps=options.steps) for name in names if name != DEFAULT}
+    if DEFAULT in names:
+        wanted = {DEFAULT: points.default_points(options.steps), **wanted}
     if options.mode:
         wanted = {sweep: [point for point in found if point.mode in options.mode] for sweep, found in wanted.items()}
     judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))

@@ -36,7 +36,7 @@ class TrainSettings:
     """What a run depends on. ``bf16`` computes the network in bfloat16 (autocast), its weights stay float32."""
 
     out: Path
-    steps: int = 10_000
+    steps: int = 15_500
     batch: int = 32
     learning_rate: float = 1e-3
     warmup: int = 200

@@ -122,6 +122,7 @@ def test_values_that_were_changed_since(page: Any, file: Path) -> None:
         page.keyboard.press("Tab")
         page.wait_for_timeout(1200)
 
+    open_panel(page, TAB, "pag")
     set_scale("2")
     assert not changed.is_visible(), "no preset was chosen"
     choose(page, "SD 1.5")
