@@ -131,7 +131,8 @@
             const map = column.querySelector(".sag-pag-map");
             const state = column.querySelector(".sag-pag-state [data-chosen]");
             if (!map) return;
-            if (state && state !== column.lastState) {
+            // Answers may overtake each other: one about an older text is not shown.
+            if (state && state !== column.lastState && state.dataset.text === field(map).value) {
                 column.lastState = state;
                 map.dataset.chosen = state.dataset.chosen;
                 show(map);
@@ -199,16 +200,19 @@
     onUiLoaded(() => {
         for (const panel of panels()) {
             setUp(panel);
-            refreshUntilAnswered(panel, 10);
-            // Opened before a model was there: look again.
-            panel.querySelector(".label-wrap").addEventListener("click", () => {
-                if (!panel.querySelector(".sag-pag-map")) refresh(panel);
+            const label = panel.querySelector(".label-wrap");
+            label.addEventListener("click", () => {
+                if (!panel.querySelector(".sag-pag-map")) refreshUntilAnswered(panel, 10);
             });
+            // A closed panel with nothing on has nothing to ask for, and the page is there sooner.
+            if (label.classList.contains("open") || panel.querySelector("input[type=checkbox]:checked")) {
+                refreshUntilAnswered(panel, 10);
+            }
         }
     });
     if (typeof onOptionsChanged === "function") {
         onOptionsChanged(() => {
-            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) panels().forEach(refresh);
+            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) panels().filter(answered).forEach(refresh);
             checkpoint = opts.sd_checkpoint_hash;
         });
     }

@@ -193,7 +193,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         "--sweep", action="append", choices=(DEFAULT, *points.SWEEPS), help="instead of the default set; repeatable"
     )
     parser.add_argument("--all", action="store_true", help="the default set and every sweep")
-    parser.add_argument("--mode", action="append", choices=points.MODES, help="nothing but this mode; repeatable")
+    parser.add_argument("--mode", action="append", choices=points.MODES, help="sweeps in this mode only; repeatable")
     parser.add_argument("--groups", type=_positive, default=10, help="groups of seeds (default: 10)")
     parser.add_argument("--group-size", type=_positive, default=100, help="samples a group (default: 100)")
     parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (default: 20)")
@@ -220,11 +220,15 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         bf16=not options.float32,
     )  # fmt: skip
     names = (DEFAULT, *points.SWEEPS) if options.all else options.sweep or (DEFAULT,)
-    wanted = {name: points.sweep_points(name, steps=options.steps) for name in names if name != DEFAULT}
+    wanted = {
+        name: [
+            point for point in points.sweep_points(name, steps=options.steps)
+            if point.mode in (options.mode or points.MODES)
+        ]
+        for name in names if name != DEFAULT
+    }
     if DEFAULT in names:
         wanted = {DEFAULT: points.default_points(options.steps), **wanted}
-    if options.mode:
-        wanted = {sweep: [point for point in found if point.mode in options.mode] for sweep, found in wanted.items()}
     judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))
     if int(parts) == 1:
         for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots, docs=options.docs):

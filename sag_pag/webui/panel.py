@@ -201,7 +201,8 @@ def _state(name: str, text: str, model: Topology | str) -> str:
         check_blocks(Settings.from_dict({f"{feature}_enabled": True, name: text}), topology)
     except SettingError as error:
         return f'<span class="sag-pag-error" role="alert">{escape(str(error))}</span>'
-    return f'<span hidden data-chosen="{selection(topology.resolve(text)) if topology else ""}"></span>'
+    chosen = selection(topology.resolve(text)) if topology else ""
+    return f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
 
 
 def _cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], passes: Sequence[Pass]) -> str:

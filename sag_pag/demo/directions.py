@@ -1,0 +1,91 @@
+"""Where guidance points, measured in one step: ``python -m sag_pag.demo.directions`` writes the table into the docs.
+
+A drawn picture gets noise, the model predicts the picture, and guidance at scale 1 moves that prediction. How large is
+the move beside what the prediction misses of the picture, and does it point there?
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sag_pag.demo import data
+from sag_pag.demo.layers import fused_attention
+from sag_pag.demo.metrics import Estimate
+from sag_pag.demo.model import DemoModel, load
+from sag_pag.demo.sampling import GuidedDenoiser, Recipe, noise_levels
+from sag_pag.settings import Settings
+
+PAGE = Path(__file__).parents[2] / "docs" / "demo-evaluation.md"
+BEGIN, END = "<!-- directions -->", "<!-- end of directions -->"
+GUIDANCE = {
+    "PAG": Settings(pag_enabled=True, pag_scale=1.0),
+    "SAG": Settings(sag_enabled=True, sag_scale=1.0),
+}
+BEGINS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+"""Shares of the way from noise to picture at which it is measured."""
+SEED = 6 * 10**6
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Of many pictures: the move's size over the miss's, and the cosine of the angle between them."""
+
+    size: float
+    cosine: Estimate
+
+
+@torch.no_grad()
+def direction(model: DemoModel, settings: Settings, *, sigma: float, count: int, batch: int = 50) -> Direction:
+    """How ``settings`` move unconditional predictions at noise level ``sigma``."""
+    moves, misses = [], []
+    for first in range(0, count, batch):
+        rows = min(batch, count - first)
+        generator = torch.Generator().manual_seed(SEED + first)
+        latent = model.first_stage_model.encode(data.render(data.draw_scenes(rows, generator)))
+        x = latent + sigma * torch.randn(latent.shape, generator=generator)
+        empty = model.context([""] * rows)
+        with fused_attention():
+            plain, guided = (
+                GuidedDenoiser(model, Recipe(settings=used), context=empty, empty=empty)(x, sigma)
+                for used in (Settings(), settings)
+            )
+        moves.append((guided - plain).flatten(1))
+        misses.append((latent - plain).flatten(1))
+    return compared(torch.cat(moves), torch.cat(misses))
+
+
+def compared(moves: Tensor, misses: Tensor) -> Direction:
+    """From one row a picture."""
+    cosines = torch.cosine_similarity(moves, misses)
+    margin = 1.96 * cosines.std().item() / math.sqrt(len(cosines))
+    return Direction((moves.norm() / misses.norm()).item(), Estimate(cosines.mean().item(), margin))
+
+
+def table(model: DemoModel, *, count: int = 400, begins: Sequence[float] = BEGINS) -> str:
+    """The Markdown table."""
+    lines = ["| noise level | guidance | move at scale 1, over what is missed | cosine |", "| --- | --- | --- | --- |"]
+    for begin in begins:
+        sigma = noise_levels(20, begin)[0]
+        for name, settings in GUIDANCE.items():
+            found = direction(model, settings, sigma=sigma, count=count)
+            cosine = f"{found.cosine.value:+.3f} ± {found.cosine.margin:.3f}"
+            lines.append(f"| {sigma:.2f} | {name} | {found.size:.2f} | {cosine} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Replaces the table between the two marks in the docs."""
+    text = PAGE.read_text(encoding="utf-8")
+    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
+    PAGE.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table(load())}\n{END}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
