@@ -26,6 +26,8 @@ FEW_THREADS = 1
 HOST_ONLY = (
     "sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale", "sag_show",
 )
+OWN_DEFAULTS = {"pag_scale": 1.0}
+"""What suits this model: at scale 1 PAG moves its predictions as far as they are wrong (docs/demo-evaluation.md)."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +104,8 @@ def run_grid(arguments: Sequence[str]) -> None:
             if parameter.kind == "bool":
                 parser.add_argument(flag, action="store_const", const="true", help=parameter.help)
             else:
-                parser.add_argument(flag, metavar="VALUE", help=f"{parameter.help} (default: {parameter.default})")
+                default = OWN_DEFAULTS.get(name, parameter.default)
+                parser.add_argument(flag, metavar="VALUE", help=f"{parameter.help} (default: {default})")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model = _model(parser, options.weights)
@@ -112,7 +115,8 @@ def run_grid(arguments: Sequence[str]) -> None:
     try:
         for caption in prompts:
             parse(caption)
-        settings = Settings(**{name: PARAMETERS[name].parse(text) for name, text in given.items()})  # type: ignore[arg-type]
+        values = {name: PARAMETERS[name].parse(text) for name, text in given.items()}
+        settings = Settings().with_values({**OWN_DEFAULTS, **values})
         grid.check_settings(model, settings)
     except ValueError as error:
         parser.error(str(error))

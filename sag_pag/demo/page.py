@@ -48,7 +48,7 @@ _ELSEWHERE = re.compile(r'<(?:link|meta|script)\b[^>]*"https?://[^>]*>(?:\s*</sc
 _ABOUT = f"""# {TITLE}
 A model of one million parameters that knows drawn shapes, guided by the engine that the WebUI runs. Write a caption,
 tick PAG or SAG in the panel, generate: the same seeds are made without and with guidance. (The panel is the
-WebUI's own; "Show what SAG sees" does nothing here.)
+WebUI's own; "Show what SAG sees" does nothing here. A PAG scale of about 1 suits this model.)
 
 Captions read like `big red star on striped green` or `yellow moon and small white ring on black`. Words:
 {", ".join((*SIZES, *COLOURS, *SHAPES, *PATTERNS))}; `and` before a second object, `on` before the background.
