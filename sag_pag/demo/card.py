@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from sag_pag.demo.model import WEIGHTS, load, read_metadata
+from sag_pag.demo.pages import write_part
 
 CARD = Path(__file__).parents[2] / "docs" / "demo-model-card.md"
 BEGIN, END = "<!-- weights -->", "<!-- end of weights -->"
@@ -41,9 +41,7 @@ def weights_table(path: Path = WEIGHTS) -> str:
 
 def main() -> None:
     """Replaces the table between the two marks in the model card."""
-    text = CARD.read_text(encoding="utf-8")
-    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    CARD.write_text(pattern.sub(lambda _: f"{BEGIN}\n{weights_table()}\n{END}", text), encoding="utf-8")
+    write_part(CARD, BEGIN, END, weights_table())
 
 
 if __name__ == "__main__":

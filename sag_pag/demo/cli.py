@@ -17,6 +17,7 @@ import torch
 from sag_pag.demo import classifier, evaluate, grid, points, report, train
 from sag_pag.demo.captions import parse
 from sag_pag.demo.model import WEIGHTS, DemoModel, load
+from sag_pag.demo.pages import around
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.settings import PARAMETERS, Settings
@@ -214,7 +215,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     try:
         size = evaluate.Size(groups=options.groups, group=options.group_size)
         if options.docs:
-            report.split_at_marks(options.docs)
+            around(options.docs, report.BEGIN, report.END)
     except ValueError as error:
         parser.error(str(error))
     if not options.no_plots and not report.can_plot():

@@ -7,7 +7,6 @@ the move beside what the prediction misses of the picture, and does it point the
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from sag_pag.demo import data
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.metrics import Estimate
 from sag_pag.demo.model import DemoModel, load
+from sag_pag.demo.pages import write_part
 from sag_pag.demo.sampling import GuidedDenoiser, Recipe, noise_levels
 from sag_pag.settings import Settings
 
@@ -82,9 +82,7 @@ def table(model: DemoModel, *, count: int = 400, begins: Sequence[float] = BEGIN
 
 def main() -> None:
     """Replaces the table between the two marks in the docs."""
-    text = PAGE.read_text(encoding="utf-8")
-    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table(load())}\n{END}", text), encoding="utf-8")
+    write_part(PAGE, BEGIN, END, table(load()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from sag_pag.demo.evaluate import Evaluation, Result
 from sag_pag.demo.metrics import Estimate
+from sag_pag.demo.pages import around, write_part
 from sag_pag.demo.points import Point
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -89,7 +90,7 @@ def write_all(
     name beside it. Raises ``ValueError`` if it has no marks.
     """
     if docs is not None:
-        split_at_marks(docs)
+        around(docs, BEGIN, END)
     results = {sweep: [judge.result(point) for point in points] for sweep, points in wanted.items()}
     frechet, precision, recall, two_objects, striped = judge.floor()
     written = [out / "results.csv"]
@@ -113,16 +114,6 @@ def write_all(
     return written
 
 
-def split_at_marks(page: Path) -> tuple[str, str]:
-    """What stands before and after a page's evaluation, marks included. Raises ``ValueError`` if there are none."""
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no marks {BEGIN} and {END}")
-    return before + begin, end + after
-
-
 def _write_docs(page: Path, tables: Mapping[str, str], files: Sequence[Path]) -> list[Path]:
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -134,8 +125,7 @@ def _write_docs(page: Path, tables: Mapping[str, str], files: Sequence[Path]) ->
         picture = folder / f"{sweep}.png"
         shown = f"![{sweep}: Fréchet distance]({folder.name}/{picture.name})\n\n" if picture in copies else ""
         parts.append(f"## {sweep}\n\n{shown}{table}")
-    before, after = split_at_marks(page)
-    page.write_text(before + "\n\n" + "\n".join(parts) + after, encoding="utf-8")
+    write_part(page, BEGIN, END, "\n" + "\n".join(parts).rstrip())
     return [*copies, page]
 
 
