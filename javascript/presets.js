@@ -9,5 +9,6 @@ onUiLoaded(() => {
     window.addEventListener("focus", sagPagRefreshPresets);
     for (const label of gradioApp().querySelectorAll(".sag-pag-panel > .label-wrap")) {
         label.addEventListener("click", sagPagRefreshPresets);
+        if (label.classList.contains("open")) sagPagRefreshPresets();
     }
 });

@@ -131,18 +131,21 @@
             const map = column.querySelector(".sag-pag-map");
             const state = column.querySelector(".sag-pag-state [data-chosen]");
             if (!map) return;
-            // Answers may overtake each other: one about an older text is not shown.
-            if (state && state !== column.lastState && state.dataset.text === field(map).value) {
+            // Answers may overtake each other: what is about an older text is not shown.
+            const input = field(map);
+            if (map !== column.lastMap) {
+                if (column.lastMap && map.dataset.text !== input.value) map.dataset.chosen = column.lastMap.dataset.chosen;
+                show(map);
+            }
+            if (state && state !== column.lastState && state.dataset.text === input.value) {
                 column.lastState = state;
                 map.dataset.chosen = state.dataset.chosen;
-                show(map);
-            } else if (map !== column.lastMap) {
                 show(map);
             }
             column.lastMap = map;
             const wrong = column.querySelector(".sag-pag-error");
-            const input = field(map);
-            wrong ? input.setAttribute("aria-invalid", "true") : input.removeAttribute("aria-invalid");
+            if (wrong) wrong.hidden = wrong.dataset.text !== input.value;
+            wrong && !wrong.hidden ? input.setAttribute("aria-invalid", "true") : input.removeAttribute("aria-invalid");
         };
         for (const part of column.querySelectorAll(".sag-pag-state, .sag-pag-mapping")) {
             new MutationObserver(update).observe(part, {childList: true, subtree: true});
@@ -212,7 +215,7 @@
     });
     if (typeof onOptionsChanged === "function") {
         onOptionsChanged(() => {
-            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) panels().filter(answered).forEach(refresh);
+            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) panels().forEach(refresh);
             checkpoint = opts.sd_checkpoint_hash;
         });
     }

@@ -147,7 +147,7 @@ def picture_cost(settings: Settings, passes: Sequence[Pass], *, rows: int) -> Pi
             plan_step(settings, done.cost.topology, progress=progress, hires=done.hires) for progress in done.progress()
         ]
         ratios = [done.cost.step(plan, rows=rows) for plan in plans]
-        dearest = max(dearest, *ratios)
+        dearest = max([dearest, *ratios])
         total += sum(ratios) * done.cost.row
         without += done.steps * done.cost.row
     return PictureCost(dearest, total / without)

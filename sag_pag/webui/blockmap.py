@@ -15,13 +15,14 @@ def selection(sites: Iterable[AttentionSite]) -> str:
     return " ".join(site.name for site in sites)
 
 
-def block_map(cost: UNetCost, chosen: Sequence[AttentionSite], *, many: bool) -> str:
-    """The U: input blocks going down, the middle, output blocks going up.
+def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
+    """The U: input blocks going down, the middle, output blocks going up. ``text`` names the chosen ones.
 
     Blocks without self-attention are there, but can't be chosen. ``many``: several can be chosen. The costs are those
     of a step with CFG.
     """
     topology = cost.topology
+    chosen = selection(topology.resolve_known(text))
     by_block = {block: [site for site in topology.sites if site.block is block] for block in topology.blocks}
     levels = _levels(cost)
     cells, depths = [], []
@@ -43,12 +44,13 @@ def block_map(cost: UNetCost, chosen: Sequence[AttentionSite], *, many: bool) ->
         f'<span class="sag-pag-level" style="--level: {level + 1}" aria-hidden="true">{escape(_size(size))}</span>'
         for level, size in sorted({(levels[i], cost.map_sizes[s[0]]) for i, s in enumerate(by_block.values()) if s})
     )
-    title, text = (texts.CHOOSE_MANY, texts.MAP_HELP) if many else (texts.CHOOSE_ONE, texts.MAP_HELP_ONE)
+    title, hint = (texts.CHOOSE_MANY, texts.MAP_HELP) if many else (texts.CHOOSE_ONE, texts.MAP_HELP_ONE)
     return (
-        f'<div class="sag-pag-map" data-choose="{"many" if many else "one"}" data-chosen="{selection(chosen)}">'
+        f'<div class="sag-pag-map" data-choose="{"many" if many else "one"}" data-chosen="{chosen}"'
+        f' data-text="{escape(text)}">'
         f'<div class="sag-pag-u" role="group" aria-label="{title}" style="--columns: {len(by_block)}">'
         f'{labels}{"".join(cells)}</div>{"".join(depths)}'
-        f'<div class="sag-pag-about"><span class="sag-pag-hint">{text}</span><span class="sag-pag-block" hidden>'
+        f'<div class="sag-pag-about"><span class="sag-pag-hint">{hint}</span><span class="sag-pag-block" hidden>'
         f'<b data-field="name"></b><span><span>{texts.RESOLUTION}</span> <b data-field="size"></b></span>'
         f'<span><span>{texts.HEADS}</span> <b data-field="heads"></b></span><span><span>{texts.ALONE}</span> '
         f'<b data-field="cost"></b> <span>{texts.PER_STEP}</span></span></span></div></div>'

@@ -149,7 +149,7 @@ class Panel:
         model = self.model()
         return _cost_line_of(own, around, [] if isinstance(model, str) else _passes(model, around))
 
-    def _redraw(self, *values: Any) -> list[str]:
+    def _redraw(self, *values: Any) -> list[Any]:
         """Cost line, maps and states for the present values."""
         own, around = self._split(values)
         model = self.model()
@@ -160,7 +160,7 @@ class Panel:
             return [_cost_line_of(own, around, []), *(reason for _ in texts_of), *states]
         passes = _passes(model, around)
         maps = [
-            block_map(passes[0].cost, model.resolve_known(text), many=name == "pag_blocks")
+            block_map(passes[0].cost, text, many=name == "pag_blocks") if passes else gr.update()
             for name, text in texts_of.items()
         ]
         return [_cost_line_of(own, around, passes), *maps, *states]
@@ -173,14 +173,16 @@ class Panel:
 
 
 def _passes(topology: Topology, around: Mapping[str, Any]) -> list[Pass]:
-    """What a picture with these controls is sampled in: one pass, two with hires. fix."""
-    steps, denoising = int(around["steps"]), around.get("denoising", 1)
+    """What a picture with these controls is sampled in: one pass, two with hires. fix; none while a field is empty."""
+    if None in around.values():
+        return []
+    steps, denoising = max(1, int(around["steps"])), around.get("denoising", 1)
     size = int(around["height"]) // 8, int(around["width"]) // 8
-    first = Pass(UNetCost(topology, size), max(1, round(steps * denoising)), 1 - denoising)
+    first = Pass(UNetCost(topology, size), min(steps, int(denoising * steps) + 1), 1 - denoising)
     if not around.get("hires"):
         return [first]
-    steps = int(around["hires_steps"]) or steps
     cost = UNetCost(topology, _hires_size(around))
+    steps = int(around["hires_steps"]) or steps
     return [replace(first, hires="first pass"), Pass(cost, steps, 1 - around["hires_denoising"], "hires pass")]
 
 
@@ -200,7 +202,7 @@ def _state(name: str, text: str, model: Topology | str) -> str:
     try:
         check_blocks(Settings.from_dict({f"{feature}_enabled": True, name: text}), topology)
     except SettingError as error:
-        return f'<span class="sag-pag-error" role="alert">{escape(str(error))}</span>'
+        return f'<span class="sag-pag-error" role="alert" data-text="{escape(text)}">{escape(str(error))}</span>'
     chosen = selection(topology.resolve(text)) if topology else ""
     return f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
 

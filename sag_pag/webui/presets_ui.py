@@ -71,8 +71,12 @@ class PresetControls:
     def compare(self, chosen: str | None, values: Sequence[Any]) -> Any:
         """Shows or hides that the panel's values are no longer those of the chosen preset."""
         try:
-            same = not chosen or self.store.get(chosen).settings() == Settings.from_list(values)
-        except (PresetError, SettingError):
+            preset = self.store.get(chosen) if chosen else None
+        except PresetError:
+            preset = None  # deleted elsewhere: nothing to differ from
+        try:
+            same = preset is None or preset.settings() == Settings.from_list(values)
+        except SettingError:
             same = False
         return gr.update(visible=not same)
 

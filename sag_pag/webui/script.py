@@ -89,6 +89,8 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         """Draws what SAG saw of this picture, if that is to be shown."""
+        if p.script_args and p.script_args[0]:
+            return  # a script such as SD upscale puts its pictures together itself and takes every one for a tile
         views = [(at, view.attention[p.batch_index], view.mask[p.batch_index]) for at, view in vars(p).get(VIEWS, ())]
         if views:
             number = p.iteration * p.batch_size + p.batch_index
@@ -98,9 +100,14 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         """Adds what was drawn to the gallery, and to what the API gives, with the infotext of the pictures."""
         shown = vars(p).pop(_SHOWN, {})
         vars(p).pop(VIEWS, None)
-        own = processed.infotexts[processed.index_of_first_image :]
-        processed.images.extend(shown.values())
-        processed.infotexts.extend(f"{own[number]}, {texts.SEEN}" for number in shown)
+        if not shown:
+            return
+        own = processed.infotexts[processed.index_of_first_image :] or processed.infotexts
+        added = [(sheet, f"{own[min(number, len(own) - 1)]}, {texts.SEEN}") for number, sheet in shown.items()]
+        # The host's own extra pictures, such as masks, have no infotext: ours would move up to them.
+        missing = len(processed.images) - len(processed.infotexts)
+        processed.infotexts.extend([own[-1]] * missing + [text for _, text in added])
+        processed.images.extend(sheet for sheet, _ in added)
 
 
 def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:

@@ -175,3 +175,18 @@ def test_what_sag_sees(client: Client, more: dict[str, Any]) -> None:
     infotexts = shown.info["infotexts"]
     assert infotexts[count:] == [f"{text}, SAG sheet: mask and attention" for text in infotexts[count - made : count]]
     assert len(client.txt2img(**guided(pag_scale=1)).images) == 1
+
+
+def test_what_sag_sees_leaves_tiles_alone(client: Client) -> None:
+    """SD upscale takes every picture of a part for a tile."""
+    client.load_checkpoint("sd1")
+    picture = np.linspace(0, 255, 192 * 192 * 3).reshape(192, 192, 3).astype(np.uint8)
+    request = {
+        "init_images": [picture], "denoising_strength": 0.5, "script_name": "sd upscale",
+        "script_args": ["", 32, "None", 2],
+    }  # fmt: skip
+    without = client.img2img(**request, **guided(sag_scale=1))
+    shown = client.img2img(**request, **guided(sag_scale=1, sag_show=True))
+    assert len(shown.images) == len(without.images) == 1
+    assert shown.image.shape == picture.shape
+    assert np.array_equal(shown.image, without.image)
