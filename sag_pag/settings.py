@@ -185,8 +185,8 @@ class Settings:
     def from_list(cls, values: Sequence[object]) -> Settings:
         """Settings from positional values (API, user interface), missing ones at the end taking defaults.
 
-        A dict as the first value is read as ``from_dict`` does and what follows it is ignored: the WebUI pads
-        short lists with defaults. Raises ``SettingError``.
+        A dict as the first value is read as ``from_dict`` does and what follows it is ignored, if it is no
+        other dict: the WebUI pads short lists with defaults. Raises ``SettingError``.
         """
         for value in values[1:]:
             if isinstance(value, Mapping):

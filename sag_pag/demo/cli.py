@@ -182,10 +182,6 @@ def run_train_classifier(arguments: Sequence[str]) -> None:
     say(f"{options.out.resolve()}; accuracy by slot: {', '.join(f'{x:.3f}' for x in classifier.accuracy(model))}")
 
 
-DEFAULT = "default"
-"""What ``evaluate`` calls the default set."""
-
-
 def run_evaluate(arguments: Sequence[str]) -> None:
     """The proof: Fréchet distance, precision, recall, caption agreement."""
     parser = _new_parser("evaluate", "Measures what guidance does to many samples; goes on where it was stopped.")
@@ -195,8 +191,9 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
     parser.add_argument(
-        "--sweep", action="append", choices=(DEFAULT, *points.SWEEPS), help="instead of the default set; repeatable"
-    )
+        "--sweep", action="append", choices=(points.DEFAULT, *points.SWEEPS),
+        help="instead of the default set; repeatable",
+    )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="the default set and every sweep")
     parser.add_argument("--mode", action="append", choices=points.MODES, help="sweeps in this mode only; repeatable")
     parser.add_argument("--groups", type=_positive, default=10, help="groups of seeds (default: 10)")
@@ -224,16 +221,13 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         _model(parser, options.weights), classifier.load_classifier(), out=options.out / "samples", size=size,
         bf16=not options.float32,
     )  # fmt: skip
-    names = (DEFAULT, *points.SWEEPS) if options.all else options.sweep or (DEFAULT,)
+    names = (points.DEFAULT, *points.SWEEPS) if options.all else options.sweep or (points.DEFAULT,)
+    modes = options.mode or points.SWEPT_MODES
     wanted = {
-        name: [
-            point for point in points.sweep_points(name, steps=options.steps)
-            if point.mode in (options.mode or points.MODES)
-        ]
-        for name in names if name != DEFAULT
+        name: points.sweep_points(name, modes=modes, steps=options.steps) for name in names if name != points.DEFAULT
     }
-    if DEFAULT in names:
-        wanted = {DEFAULT: points.default_points(options.steps), **wanted}
+    if points.DEFAULT in names:
+        wanted = {points.DEFAULT: points.default_points(options.steps), **wanted}
     judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))
     if int(parts) == 1:
         for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots, docs=options.docs):

@@ -13,6 +13,9 @@ from sag_pag.settings import Settings
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
 MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
+SWEPT_MODES: tuple[Mode, ...] = ("unconditional", "captioned, CFG 3")
+DEFAULT = "default"
+"""The name of the default set beside those of the sweeps."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def default_points(steps: int = 20) -> list[Point]:
         "SAG+PAG": {"sag_enabled": True, "pag_enabled": True},
     }
     return [
-        Point("default", label, mode, _recipe(mode, values, steps=steps))
+        Point(DEFAULT, label, mode, _recipe(mode, values, steps=steps))
         for mode in MODES
         for label, values in variants.items()
     ]
@@ -84,9 +87,7 @@ _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin")
 
 
-def sweep_points(
-    sweep: str, *, modes: Sequence[Mode] = ("unconditional", "captioned, CFG 3"), steps: int = 20
-) -> list[Point]:
+def sweep_points(sweep: str, *, modes: Sequence[Mode] = SWEPT_MODES, steps: int = 20) -> list[Point]:
     """The points of one sweep, the unguided one first. Raises ``ValueError`` for an unknown sweep."""
     points: list[Point] = []
     for mode in modes:

@@ -18,23 +18,23 @@ def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
 
     What could not be taken over is shown on the page, and logged: the API has no page.
     """
-    refused = []
     for parameter in PARAMETERS.values():
         if parameter.infotext in params:
             try:
                 parameter.parse(params[parameter.infotext])
             except SettingError as error:
                 del params[parameter.infotext]
-                refused.append(f"{parameter.label}: {error.value} is left out; allowed: {error.allowed}")
-    for problem in refused:
-        logger.warning("%s", problem)
-        gr.Warning(problem)
+                _warn(f"{parameter.label}: {error.value} is left out; allowed: {error.allowed}")
     migration = migrate(params)
     params.update(migration.fields)
     params.update(complete_infotext(params))
     if migration.notes:
-        logger.warning("%s", migration.message)
-        gr.Warning(migration.message)
+        _warn(migration.message)
     elif migration.message:
         logger.info("%s", migration.message)
         gr.Info(migration.message)
+
+
+def _warn(message: str) -> None:
+    logger.warning("%s", message)
+    gr.Warning(message)

@@ -228,3 +228,13 @@ def test_sweeps_start_from_their_baseline(sweep: str) -> None:
 def test_unknown_sweep() -> None:
     with pytest.raises(ValueError, match="unknown sweep 'x'; known are pag-scale"):
         sweep_points("x")
+
+
+def test_sweeps_in_a_chosen_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any of the three; the default set has them all."""
+    made: list[Point] = []
+    monkeypatch.setattr(Evaluation, "make_all", lambda self, points, **_: made.extend(points))
+    command = ["evaluate", "--sweep", "default", "--sweep", "pag-scale", "--part", "1/2", "--out", str(tmp_path)]
+    cli.main([*command, "--no-plots", "--mode", "captioned"])
+    assert {point.mode for point in made if point.sweep == "pag-scale"} == {"captioned"}
+    assert {point.mode for point in made if point.sweep == "default"} == set(points.MODES)
