@@ -1,8 +1,8 @@
 """Captions of the drawn pictures: their words, their grammar, and the encoder that turns them into a context.
 
-A caption reads ``[small|big] [colour] shape [and [small|big] [colour] shape] [on [striped] colour]``, the left object
-first: "red star on green", "small white moon and big red heart on striped blue". Every part is optional and the
-empty caption is the unconditional one. A caption becomes eight tokens, one a slot: slots, not word order, tell the
+A caption reads ``[small|big] [colour] shape [and [small|big] [colour] shape] [on colour]``, the left object
+first: "red star on green", "small white moon and big red heart on blue". Every part is optional and the
+empty caption is the unconditional one. A caption becomes seven tokens, one a slot: slots, not word order, tell the
 first object's colour from the second's and from the background's.
 """
 
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 SIZES = ("small", "big")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "moon")
-PATTERNS = ("striped",)
 
-SLOTS = (SIZES, COLOURS, SHAPES, SIZES, COLOURS, SHAPES, PATTERNS, COLOURS)
-"""What each of the eight slots may hold: left object, right object, background."""
+SLOTS = (SIZES, COLOURS, SHAPES, SIZES, COLOURS, SHAPES, COLOURS)
+"""What each of the seven slots may hold: left object, right object, background."""
 
-VOCABULARY = ("", *SIZES, *COLOURS, *SHAPES, *PATTERNS)
+VOCABULARY = ("", *SIZES, *COLOURS, *SHAPES)
 WORD_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 CONTEXT_DIM = 64
 
-_SECTIONS = {"": (0, 3), "and": (3, 6), "on": (6, 8)}
+_SECTIONS = {"": (0, 3), "and": (3, 6), "on": (6, 7)}
 """The word that opens a part of the caption, and the slots of that part."""
 _ARTICLES = frozenset(("a", "an", "the"))
 
@@ -33,7 +32,7 @@ class CaptionError(ValueError):
 
 
 def parse(caption: str) -> list[int]:
-    """The eight word ids of a caption, 0 where a slot is empty. Raises :class:`CaptionError`."""
+    """The seven word ids of a caption, 0 where a slot is empty. Raises :class:`CaptionError`."""
     ids = [0] * len(SLOTS)
     slot, end = _SECTIONS[""]
     for word in caption.lower().replace(",", " ").split():
@@ -56,7 +55,7 @@ def parse(caption: str) -> list[int]:
 
 
 def describe(ids: list[int]) -> str:
-    """The caption of eight word ids: the inverse of :func:`parse`."""
+    """The caption of seven word ids: the inverse of :func:`parse`."""
     words = [VOCABULARY[index] for index in ids]
     left, right, ground = (" ".join(filter(None, part)) for part in (words[:3], words[3:6], words[6:]))
     objects = " and ".join(filter(None, (left, right)))
@@ -64,7 +63,7 @@ def describe(ids: list[int]) -> str:
 
 
 class CaptionEncoder(nn.Module):
-    """A learned vector a word plus a learned vector a slot: ``(B, 8)`` word ids to a ``(B, 8, 64)`` context."""
+    """A learned vector a word plus a learned vector a slot: ``(B, 7)`` word ids to a ``(B, 7, 64)`` context."""
 
     def __init__(self, dim: int = CONTEXT_DIM) -> None:
         super().__init__()

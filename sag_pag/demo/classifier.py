@@ -26,7 +26,7 @@ ANSWERS = tuple(len(slot) + 1 for slot in SLOTS)
 
 
 def answers_of(ids: Tensor) -> Tensor:
-    """``(B, 8)`` word ids of complete captions as answers: from vocabulary numbers to numbers within the slot."""
+    """``(B, 7)`` word ids of complete captions as answers: from vocabulary numbers to numbers within the slot."""
     first = torch.tensor([WORD_IDS[slot[0]] - 1 for slot in SLOTS], device=ids.device)
     return torch.where(ids == 0, ids, ids - first)
 

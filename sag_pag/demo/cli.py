@@ -18,6 +18,7 @@ from sag_pag.demo import classifier, evaluate, grid, points, report, train
 from sag_pag.demo.captions import parse
 from sag_pag.demo.model import WEIGHTS, DemoModel, load
 from sag_pag.demo.pages import around
+from sag_pag.demo.points import OWN_DEFAULTS
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.settings import PARAMETERS, Settings
@@ -27,8 +28,6 @@ FEW_THREADS = 1
 HOST_ONLY = (
     "sag_enabled", "pag_enabled", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale", "sag_show",
 )
-OWN_DEFAULTS = {"pag_scale": 1.0}
-"""What suits this model: at scale 1 PAG moves its predictions as far as they are wrong (docs/demo-evaluation.md)."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,7 +91,7 @@ def run_grid(arguments: Sequence[str]) -> None:
     parser = _new_parser("grid", __doc__ or "", threads=FEW_THREADS)
     parser.description = "Writes a grid: the same seeds without guidance, with SAG, PAG and both, without and with CFG."
     parser.epilog = f"Other commands: {', '.join(name for name in COMMANDS if name != 'grid')}; each has --help."
-    parser.add_argument("--prompt", action="append", help="a caption like 'big red star on striped green'; repeatable")
+    parser.add_argument("--prompt", action="append", help="a caption like 'big red star on green'; repeatable")
     parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3, 4, 5, 6], help="like 1-4,9 (default: 1-6)")
     parser.add_argument("--cfg", type=_cfg, default=3.0, help="CFG scale of the lower half (default: 3)")
     parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (default: 20)")

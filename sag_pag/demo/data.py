@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sag_pag.demo.captions import COLOURS, PATTERNS, SHAPES, SIZES, SLOTS, VOCABULARY
+from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, SLOTS, VOCABULARY
 
 SIZE = 64
 """Height and width of a picture in pixels."""
@@ -35,7 +35,6 @@ _RADII = torch.tensor([[(0.14, 0.19), (0.22, 0.29), (0.32, 0.39)], [(0.11, 0.13)
 """Radius range in picture widths by number of objects and by small, medium, big."""
 
 TWO_OBJECTS = 0.35
-STRIPED = 0.2
 NAMED_SIZE = 0.6
 """Share of the small and big objects whose caption says so."""
 FORGOTTEN = 0.04
@@ -54,8 +53,6 @@ class Scenes:
     """``(B, 3)`` index into COLOURS: left object, right object, background."""
     size: Tensor
     """``(B, 2)`` 0 small, 1 medium, 2 big."""
-    striped: Tensor
-    """``(B,)`` bool."""
     centre: Tensor
     """``(B, 2, 2)`` x and y."""
     radius: Tensor
@@ -64,8 +61,8 @@ class Scenes:
     """``(B, 2)`` radians."""
     tint: Tensor
     """``(B, 3, 3)`` offset to the RGB of left object, right object, background."""
-    ground: Tensor
-    """``(B, 3)`` the background's direction in radians, its stripes' period and phase."""
+    light: Tensor
+    """``(B,)`` the direction in radians in which the background gets lighter."""
 
     def __len__(self) -> int:
         return len(self.two)
@@ -94,25 +91,23 @@ def draw_scenes(count: int, generator: torch.Generator) -> Scenes:
         shape=choice(len(SHAPES), 2),
         colour=torch.cat((objects, ground[:, None]), dim=1),
         size=size,
-        striped=uniform() < STRIPED,
         centre=torch.where(two[:, None, None], pair, single),
         radius=radius,
         angle=0.4 * (2 * uniform(2) - 1),
         tint=0.05 * (2 * uniform(3, 3) - 1),
-        ground=torch.stack((2 * math.pi * uniform(), 0.2 + 0.14 * uniform(), uniform()), dim=-1),
+        light=2 * math.pi * uniform(),
     )
 
 
 def caption_ids(scenes: Scenes, generator: torch.Generator | None = None) -> Tensor:
-    """``(B, 8)`` word ids. With a generator captions leave words out as people do; without, only medium sizes."""
+    """``(B, 7)`` word ids. With a generator captions leave words out as people do; without, only medium sizes."""
     count = len(scenes)
     first = {word: index for index, word in enumerate(VOCABULARY)}
     size = torch.tensor([first[SIZES[0]], 0, first[SIZES[1]]])[scenes.size]
     colour = scenes.colour + first[COLOURS[0]]
     shape = scenes.shape + first[SHAPES[0]]
-    pattern = scenes.striped.long() * first[PATTERNS[0]]
     ids = torch.stack(
-        (size[:, 0], colour[:, 0], shape[:, 0], size[:, 1], colour[:, 1], shape[:, 1], pattern, colour[:, 2]), dim=1
+        (size[:, 0], colour[:, 0], shape[:, 0], size[:, 1], colour[:, 1], shape[:, 1], colour[:, 2]), dim=1
     )
     ids[:, 3:6] *= scenes.two[:, None]
     if generator is not None:
@@ -192,13 +187,9 @@ def render(scenes: Scenes, size: int = SIZE) -> Tensor:
     y, x = y[None], x[None]
     rgb = PALETTE[scenes.colour] + scenes.tint
 
-    direction, period, phase = (value[:, None, None] for value in scenes.ground.unbind(-1))
+    direction = scenes.light[:, None, None]
     along = (x - 0.5) * direction.cos() + (y - 0.5) * direction.sin()
-    wave = (along / period + phase) % 1.0
-    stripes = ((0.25 - (wave - 0.5).abs()) * period * size + 0.5).clamp(0, 1) * scenes.striped[:, None, None]
-    light = 0.16 * along - 0.22 * stripes * (rgb[:, 2].mean(1)[:, None, None] > 0.3)
-    light = light + 0.25 * stripes * (rgb[:, 2].mean(1)[:, None, None] <= 0.3)
-    picture = rgb[:, 2, :, None, None] + light[:, None]
+    picture = rgb[:, 2, :, None, None] + (0.16 * along)[:, None]
 
     for index in (1, 0):
         present = scenes.two if index else torch.ones_like(scenes.two)

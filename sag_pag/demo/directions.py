@@ -1,7 +1,8 @@
-"""Where guidance points, measured in one step: ``python -m sag_pag.demo.directions`` writes the table into the docs.
+"""Where guidance points, seen in one step: ``python -m sag_pag.demo.directions`` writes a table and a picture of it.
 
 A drawn picture gets noise, the model predicts the picture, and guidance at scale 1 moves that prediction. How large is
-the move beside what the prediction misses of the picture, and does it point there?
+the move beside what the prediction misses of the picture, and does it point there? The picture shows what guidance
+leads away from: the prediction that PAG's identity attention or SAG's blurred input gives.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sag_pag.demo import data
+from sag_pag.demo.grid import labelled_rows
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.metrics import Estimate
 from sag_pag.demo.model import DemoModel, load
@@ -80,9 +83,37 @@ def table(model: DemoModel, *, count: int = 400, begins: Sequence[float] = BEGIN
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def degraded(model: DemoModel, *, sigma: float, count: int) -> dict[str, Tensor]:
+    """Drawn pictures ``(count, 3, 64, 64)``, what is predicted of them without a caption, and the degraded predictions.
+
+    At scale 1 guidance gives ``plain + (plain - degraded)``, from which the engine's degraded prediction follows.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = data.render(data.draw_scenes(count, generator))
+    latent = model.first_stage_model.encode(drawn)
+    x = latent + sigma * torch.randn(latent.shape, generator=generator)
+    empty = model.context([""] * count)
+
+    def predicted(settings: Settings) -> Tensor:
+        return GuidedDenoiser(model, Recipe(settings=settings), context=empty, empty=empty)(x, sigma)
+
+    plain = predicted(Settings())
+    shown = {"predicted": plain}
+    shown |= {f"degraded by {name}": 2 * plain - predicted(settings) for name, settings in GUIDANCE.items()}
+    return {"drawn": drawn} | {name: model.first_stage_model.decode(value) for name, value in shown.items()}
+
+
+def draw_degraded(model: DemoModel, *, begin: float = 0.25, count: int = 8) -> Image.Image:
+    """The picture: a row of each kind."""
+    return labelled_rows(degraded(model, sigma=noise_levels(20, begin)[0], count=count))
+
+
 def main() -> None:
-    """Replaces the table between the two marks in the docs."""
-    write_part(PAGE, BEGIN, END, table(load()))
+    """Replaces the table between the two marks in the docs, and the picture beside."""
+    model = load()
+    write_part(PAGE, BEGIN, END, table(model))
+    draw_degraded(model).save(PAGE.with_suffix("") / "degraded.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,7 +57,7 @@ class Size:
 class Result:
     """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds.
 
-    ``two_objects`` and ``striped`` are the shares of pictures in which the classifier sees two objects and stripes.
+    ``two_objects`` is the share of pictures in which the classifier sees two objects.
     """
 
     point: Point
@@ -69,7 +68,6 @@ class Result:
     recall: Estimate
     agreement: Estimate
     two_objects: Estimate
-    striped: Estimate
     gigaflops: float
 
 
@@ -209,15 +207,14 @@ class Evaluation:
             agreement=metrics.mean_estimate([part["agreement"] for part in loaded])
             if point.captioned
             else Estimate(math.nan, math.nan),
-            two_objects=self.share([part["features"] for part in loaded], "second shape"),
-            striped=self.share([part["features"] for part in loaded], "pattern"),
+            two_objects=self.two_objects([part["features"] for part in loaded]),
             gigaflops=self.costs[key],
         )
 
-    def share(self, groups: Sequence[Tensor], what: Literal["second shape", "pattern"]) -> Estimate:
-        """Of pictures in which the classifier sees that there is one."""
-        slot = {"second shape": 5, "pattern": 6}[what]
-        return metrics.mean_estimate([self.classifier.answers(group)[slot].argmax(dim=1) > 0 for group in groups])
+    def two_objects(self, groups: Sequence[Tensor]) -> Estimate:
+        """The share of pictures in which the classifier sees a second shape."""
+        second = 5
+        return metrics.mean_estimate([self.classifier.answers(group)[second].argmax(dim=1) > 0 for group in groups])
 
     def _coverage(self, groups: list[Tensor]) -> tuple[Estimate, Estimate]:
         """Precision over the groups of samples; recall once more without each group."""
@@ -230,10 +227,10 @@ class Evaluation:
         precision = metrics.mean_estimate(torch.split(on_real, [len(group) for group in groups]))
         return precision, metrics.jackknife(len(groups), recall)
 
-    def floor(self) -> tuple[Estimate, Estimate, Estimate, Estimate, Estimate]:
-        """Fréchet distance, precision, recall, two objects, striped of as many drawn pictures as a point has."""
+    def floor(self) -> tuple[Estimate, Estimate, Estimate, Estimate]:
+        """Fréchet distance, precision, recall and share of two objects of as many drawn pictures as a point has."""
         drawn = drawn_features(self.classifier, self.size.total, seed=REAL_SEED)
         groups = list(torch.split(drawn, self.size.group))
         precision, recall = self._coverage(groups)
         frechet = metrics.frechet_estimate(self.reference, [Moments.of(group) for group in groups])
-        return frechet, precision, recall, self.share(groups, "second shape"), self.share(groups, "pattern")
+        return frechet, precision, recall, self.two_objects(groups)

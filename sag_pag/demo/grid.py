@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ CAPTIONS = (
     "red star on green",
     "yellow moon on black",
     "white heart on red",
-    "purple cross on striped orange",
+    "purple cross on orange",
     "green disc and orange square on blue",
     "red heart and white star on purple",
 )
@@ -153,6 +153,20 @@ def _wrapped(text: str, *, pen: ImageDraw.ImageDraw, font: Any, width: int) -> l
         else:
             lines[-1] = longer
     return lines
+
+
+def labelled_rows(rows: Mapping[str, Tensor], *, zoom: int = 2) -> Image.Image:
+    """Rows of pictures ``(B, 3, H, W)``, each with its name at the left."""
+    count, _, height, width = next(iter(rows.values())).shape
+    gap, left = 6, 150
+    down, right = height * zoom + gap, width * zoom + gap
+    image = Image.new("RGB", (left + count * right, len(rows) * down), "white")
+    pen, font = ImageDraw.Draw(image), _font(15)
+    for row, (label, pictures) in enumerate(rows.items()):
+        pen.text((2 * gap, row * down + height * zoom // 2 - 10), label, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            image.paste(to_image(picture, zoom), (left + column * right, row * down))
+    return image
 
 
 def relative_costs(rows: Sequence[Row]) -> list[tuple[float, float]]:

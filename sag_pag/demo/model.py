@@ -57,13 +57,13 @@ class DemoModel(nn.Module):
         return unet
 
     def context(self, captions: Sequence[str]) -> Tensor:
-        """``(B, 8, 64)`` from captions; the empty one is the unconditional. Raises ``CaptionError``."""
+        """``(B, 7, 64)`` from captions; the empty one is the unconditional. Raises ``CaptionError``."""
         ids = torch.tensor([parse(caption) for caption in captions], device=self.cond_stage_model.slot.device)
         context: Tensor = self.cond_stage_model(ids)
         return context
 
     def forward(self, x: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """The prediction of v for captions given as ``(B, 8)`` word ids: what training needs."""
+        """The prediction of v for captions given as ``(B, 7)`` word ids: what training needs."""
         out: Tensor = self.unet(x, timesteps, self.cond_stage_model(ids))
         return out
 

@@ -27,7 +27,7 @@ from PIL import Image
 from sag_pag.blocks import Topology
 from sag_pag.demo import data
 from sag_pag.demo.autoencoder import FACTOR
-from sag_pag.demo.captions import COLOURS, PATTERNS, SHAPES, SIZES, parse
+from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
 from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
@@ -50,8 +50,8 @@ A model of one million parameters that knows drawn shapes, guided by the engine 
 tick PAG or SAG in the panel, generate: the same seeds are made without and with guidance. (The panel is the
 WebUI's own; "Show what SAG sees" does nothing here. A PAG scale of about 1 suits this model.)
 
-Captions read like `big red star on striped green` or `yellow moon and small white ring on black`. Words:
-{", ".join((*SIZES, *COLOURS, *SHAPES, *PATTERNS))}; `and` before a second object, `on` before the background.
+Captions read like `big red star on green` or `yellow moon and small white ring on black`. Words:
+{", ".join((*SIZES, *COLOURS, *SHAPES))}; `and` before a second object, `on` before the background.
 """
 
 

@@ -64,11 +64,14 @@ def default_points(steps: int = 20) -> list[Point]:
     ]
 
 
-_SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
-    "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0), {}),
-    "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), {}),
-    "sag-threshold": ("sag_threshold", (0.0, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6), {}),
-    "sag-sigma": ("sag_blur_sigma", (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), {}),
+OWN_DEFAULTS: dict[str, object] = {"pag_scale": 1.0}
+"""What suits this model (docs/demo-evaluation.md); the grid, and the sweeps of other things, use it."""
+
+_SCALARS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)),
+    "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),
+    "sag-threshold": ("sag_threshold", (0.0, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6)),
+    "sag-sigma": ("sag_blur_sigma", (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
 }
 
 _BLOCKS = (
@@ -109,22 +112,29 @@ def _begins(mode: Mode, steps: int) -> list[Point]:
 
 def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | None]]:
     if sweep in _SCALARS:
-        name, values, more = _SCALARS[sweep]
-        return [(f"{value:g}", {name: value, **more}, 1, value) for value in values]
+        name, values = _SCALARS[sweep]
+        return [(f"{value:g}", {name: value}, 1, value) for value in values]
     if sweep == "pag-blocks":
-        return [(blocks, {"pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
+        return [(blocks, {**OWN_DEFAULTS, "pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
     if sweep == "sag-block":
         return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
         return [
-            (f"{feature.upper()} {start:g} to {end:g}", {f"{feature}_start": start, f"{feature}_end": end}, 1, None)
-            for feature in ("pag", "sag")
+            (
+                f"{feature.upper()} {start:g} to {end:g}",
+                {**own, f"{feature}_start": start, f"{feature}_end": end},
+                1,
+                None,
+            )
+            for feature, own in (("pag", OWN_DEFAULTS), ("sag", {}))
             for start, end in _RANGES
         ]
     if sweep == "cost":
         variants: list[tuple[str, dict[str, object], int, float | None]] = []
         for label, features in (("PAG", ("pag",)), ("SAG", ("sag",)), ("SAG+PAG", ("sag", "pag"))):
             enabled: dict[str, object] = {f"{feature}_enabled": True for feature in features}
+            if "pag" in features:
+                enabled |= OWN_DEFAULTS
             variants += [(f"{label}, every {every}", enabled, every, None) for every in (1, 2, 3, 4)]
             for start, end in ((0.0, 0.5), (0.25, 0.75)):
                 limits: dict[str, object] = {f"{feature}_start": start for feature in features}

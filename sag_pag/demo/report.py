@@ -18,7 +18,7 @@ COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",
     "frechet", "frechet_margin", "change", "change_margin", "precision", "precision_margin",
     "recall", "recall_margin", "agreement", "agreement_margin", "two_objects", "two_objects_margin",
-    "striped", "striped_margin", "gflop_per_picture",
+    "gflop_per_picture",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def csv_row(result: Result) -> dict[str, object]:
         "samples": result.samples,
         "gflop_per_picture": f"{result.gigaflops:.2f}",
     }
-    for name in ("frechet", "change", "precision", "recall", "agreement", "two_objects", "striped"):
+    for name in ("frechet", "change", "precision", "recall", "agreement", "two_objects"):
         estimate: Estimate | None = getattr(result, name)
         known = estimate is not None and estimate.value == estimate.value
         row[name] = f"{estimate.value:.4f}" if estimate is not None and known else ""
@@ -61,7 +61,7 @@ def markdown_table(results: Sequence[Result]) -> str:
     """The results as a table for the docs, one row a point."""
     head = (
         "mode", "guidance", "Fréchet distance", "change", "precision", "recall", "caption seen", "two objects",
-        "striped", "GFLOP",
+        "GFLOP",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for result in results:
@@ -74,7 +74,6 @@ def markdown_table(results: Sequence[Result]) -> str:
             _share(result.recall),
             _share(result.agreement),
             _share(result.two_objects),
-            _share(result.striped),
             f"{result.gigaflops:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -92,14 +91,14 @@ def write_all(
     if docs is not None:
         around(docs, BEGIN, END)
     results = {sweep: [judge.result(point) for point in points] for sweep, points in wanted.items()}
-    frechet, precision, recall, two_objects, striped = judge.floor()
+    frechet, precision, recall, two_objects = judge.floor()
     written = [out / "results.csv"]
     write_csv([result for part in results.values() for result in part], written[0])
     floor = (
         f"{judge.size.total} samples a line, in {judge.size.groups} groups of seeds; intervals of 95 %; computed in "
         f"{'bfloat16' if judge.bf16 else 'float32'}. As many real pictures against the same {len(judge.drawn)} real "
         f"ones: Fréchet distance {frechet}, precision {_share(precision)}, recall {_share(recall)}, "
-        f"two objects in {_share(two_objects)}, stripes in {_share(striped)}."
+        f"two objects in {_share(two_objects)}."
     )
     tables = {}
     for sweep, part in results.items():
@@ -139,12 +138,17 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     modes = list(dict.fromkeys(result.point.mode for result in results))
-    figure, panels = pyplot.subplots(1, len(modes), figsize=(5.2 * len(modes), 3.8), squeeze=False)
+    by_cost = results[0].point.sweep == "cost"
+    width, height = (7.5, 5.5) if by_cost else (5.2, 3.8)
+    figure, panels = pyplot.subplots(1, len(modes), figsize=(width * len(modes), height), squeeze=False)
     for mode, axes in zip(modes, panels[0], strict=True):
         chosen = [result for result in results if result.point.mode == mode]
+        axes.set_title(mode)
+        if by_cost:
+            _plot_costs(axes, chosen)
+            continue
         _plot_panel(axes, chosen)
         axes.axhline(floor, color="grey", linestyle=":", label="real pictures")
-        axes.set_title(mode)
         axes.set_ylabel("Fréchet distance")
         axes.set_ylim(bottom=0)
     panels[0][0].legend()
@@ -154,16 +158,26 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
     pyplot.close(figure)
 
 
+def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
+    """What is gained over what it takes, a colour for each method; above the points how often it guides."""
+    unguided, guided = results[0].gigaflops, [result for result in results if result.change is not None]
+    axes.axhline(0, color="grey", linestyle="--")
+    for index, method in enumerate(dict.fromkeys(result.point.label.partition(", ")[0] for result in guided)):
+        chosen = [result for result in guided if result.point.label.partition(", ")[0] == method]
+        costs = [result.gigaflops / unguided for result in chosen]
+        changes = [result.change for result in chosen if result.change is not None]
+        values, margins = [100 * change.value for change in changes], [100 * change.margin for change in changes]
+        axes.errorbar(costs, values, yerr=margins, fmt="o", capsize=2, color=f"C{index}", alpha=0.25)
+        axes.plot(costs, values, "o", color=f"C{index}", label=method)
+        for result, cost, value in zip(chosen, costs, values, strict=True):
+            text = result.point.label.partition(", ")[2].replace("every 1", "all steps")
+            axes.annotate(text, (cost, value), xytext=(4, 3), textcoords="offset points", fontsize=7, color=f"C{index}")
+    axes.set_xlabel("work, times that without guidance")
+    axes.set_ylabel("change of the Fréchet distance, %")
+
+
 def _plot_panel(axes: Any, results: Sequence[Result]) -> None:
     unguided, guided = results[0].frechet.value, results[1:]
-    if results[0].point.sweep == "cost":
-        for result in results:
-            axes.errorbar(
-                result.gigaflops, result.frechet.value, yerr=result.frechet.margin, fmt="o", capsize=3, markersize=4
-            )
-            axes.annotate(result.point.label, (result.gigaflops, result.frechet.value), fontsize=7)
-        axes.set_xlabel("GFLOP a picture")
-        return
     axes.axhline(unguided, color="C1", linestyle="--", label="no guidance")
     values = [result.frechet.value for result in guided]
     margins = [result.frechet.margin for result in guided]

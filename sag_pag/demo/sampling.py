@@ -76,7 +76,7 @@ def noise_levels(steps: int, begin: float = 0.0) -> list[float]:
 class GuidedDenoiser:
     """The model with CFG and with the engine's guidance, as ``CFGDenoiser`` is in the WebUI.
 
-    ``context`` and ``empty`` are ``(B, 8, 64)``: the captions' and the empty caption's. Without CFG the captions' rows
+    ``context`` and ``empty`` are ``(B, 7, 64)``: the captions' and the empty caption's. Without CFG the captions' rows
     are the only ones, and an unconditional picture is one whose caption is empty.
     """
 

@@ -36,13 +36,13 @@ class TrainSettings:
     """What a run depends on. ``bf16`` computes the network in bfloat16 (autocast), its weights stay float32."""
 
     out: Path
-    steps: int = 15_500
+    steps: int = 11_000
     batch: int = 32
     learning_rate: float = 1e-3
     warmup: int = 200
     decay: float = 0.2
     ema: float = 0.999
-    caption_dropout: float = 0.12
+    caption_dropout: float = 0.15
     seed: int = 0
     bf16: bool = False
     device: str = "cpu"
@@ -58,7 +58,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures, their latents' noise, timesteps ``(B,)`` and word ids ``(B, 8)``."""
+    """Pictures, their latents' noise, timesteps ``(B,)`` and word ids ``(B, 7)``."""
 
     pictures: Tensor
     noise: Tensor

@@ -17,16 +17,16 @@ def words(caption: str) -> list[str]:
 @pytest.mark.parametrize(
     ("caption", "slots"),
     [
-        ("", ["", "", "", "", "", "", "", ""]),
-        ("star", ["", "", "star", "", "", "", "", ""]),
-        ("red star on green", ["", "red", "star", "", "", "", "", "green"]),
-        ("A big red Star", ["big", "red", "star", "", "", "", "", ""]),
+        ("", ["", "", "", "", "", "", ""]),
+        ("star", ["", "", "star", "", "", "", ""]),
+        ("red star on green", ["", "red", "star", "", "", "", "green"]),
+        ("A big red Star", ["big", "red", "star", "", "", "", ""]),
         (
-            "small white moon and big red heart on striped blue",
-            ["small", "white", "moon", "big", "red", "heart", "striped", "blue"],
+            "small white moon and big red heart on blue",
+            ["small", "white", "moon", "big", "red", "heart", "blue"],
         ),
-        ("ring and disc", ["", "", "ring", "", "", "disc", "", ""]),
-        ("on striped black", ["", "", "", "", "", "", "striped", "black"]),
+        ("ring and disc", ["", "", "ring", "", "", "disc", ""]),
+        ("on black", ["", "", "", "", "", "", "black"]),
     ],
 )
 def test_read(caption: str, slots: list[str]) -> None:
@@ -63,6 +63,6 @@ def test_reading_inverts_writing(slots: tuple[str, ...]) -> None:
 def test_encoder_tells_slots_apart() -> None:
     encoder = CaptionEncoder(16)
     context = encoder(torch.tensor([parse("red star and blue ring"), parse("blue star and red ring")]))
-    assert context.shape == (2, 8, 16)
+    assert context.shape == (2, 7, 16)
     assert not torch.equal(context[0], context[1])
     assert torch.equal(context[0, 2], context[1, 2])

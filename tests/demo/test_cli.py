@@ -205,13 +205,12 @@ def test_bfloat16_pictures_are_those_of_float32(judge: Evaluation, monkeypatch: 
 
 def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
     judge = Evaluation(judge.model, judge.classifier, out=judge.out, size=Size(groups=2, group=100))
-    frechet, precision, recall, two_objects, striped = judge.floor()
+    frechet, precision, recall, two_objects = judge.floor()
     noise = Moments.of(judge.classifier.embed(torch.rand(200, 3, 64, 64)))
     assert frechet.value < 0.1 * frechet_distance(judge.reference, noise)
     assert precision.value > 0.5
     assert recall.value > 0.5
     assert two_objects.value == pytest.approx(data.TWO_OBJECTS, abs=0.1)
-    assert striped.value == pytest.approx(data.STRIPED, abs=0.1)
 
 
 @pytest.mark.parametrize("sweep", points.SWEEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,12 +24,11 @@ def plain(shape: str, colour: str, ground: str) -> Scenes:
         shape=torch.tensor([[SHAPES.index(shape), 0]]),
         colour=torch.tensor([[COLOURS.index(colour), 0, COLOURS.index(ground)]]),
         size=torch.tensor([[1, 1]]),
-        striped=torch.tensor([False]),
         centre=torch.full((1, 2, 2), 0.5),
         radius=torch.full((1, 2), 0.25),
         angle=torch.zeros(1, 2),
         tint=torch.zeros(1, 3, 3),
-        ground=torch.tensor([[0.0, 0.25, 0.0]]),
+        light=torch.zeros(1),
     )
 
 
@@ -79,11 +79,13 @@ def test_colours_are_the_named_ones(colour: str) -> None:
     assert COLOURS[int(distance.argmin())] == ground
 
 
-def test_stripes_and_second_objects() -> None:
+def test_light_and_second_objects() -> None:
     one = plain("star", "red", "green")
-    striped = replace(one, striped=torch.tensor([True]))
+    below = replace(one, light=torch.full((1,), math.pi / 2))
     two = replace(one, two=torch.tensor([True]), centre=torch.tensor([[[0.25, 0.5], [0.75, 0.5]]]))
-    assert render(striped)[0, 1, 2].std() > 2 * render(one)[0, 1, 2].std()
+    top, bottom = render(below)[0, :, 2].mean(), render(below)[0, :, -3].mean()
+    assert bottom > top + 0.1
+    assert render(one)[0, :, 2].mean() == pytest.approx(render(one)[0, :, -3].mean().item(), abs=0.02)
     assert (render(two) - render(one)).abs().mean() > 0.02
 
 
@@ -107,7 +109,6 @@ def test_captions_tell_what_is_there() -> None:
         assert SHAPES[int(many.shape[index, 0])] in caption
         assert caption.endswith(COLOURS[int(many.colour[index, 2])])
         assert (" and " in caption) == bool(many.two[index])
-        assert ("striped" in caption) == bool(many.striped[index])
     complete = caption_ids(many)
     left_out = caption_ids(many, torch.Generator().manual_seed(1))
     assert ((left_out == complete) | (left_out == 0)).all()

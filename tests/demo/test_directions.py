@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from sag_pag.demo.directions import compared, table
+from sag_pag.demo import data
+from sag_pag.demo.directions import SEED, compared, degraded, draw_degraded, table
 from sag_pag.demo.model import load
 
 
@@ -33,3 +34,21 @@ def test_the_table() -> None:
     assert [line.split("|")[1:3] for line in lines[2:]] == [
         [" 4.47 ", " PAG "], [" 4.47 ", " SAG "], [" 1.50 ", " PAG "], [" 1.50 ", " SAG "],
     ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_degraded_predictions() -> None:
+    """PAG's is what the model says with the middle block's attention map replaced by the identity."""
+    model = load()
+    shown = degraded(model, sigma=2.0, count=2)
+    assert list(shown) == ["drawn", "predicted", "degraded by PAG", "degraded by SAG"]
+    assert all(pictures.shape == (2, 3, 64, 64) for pictures in shown.values())
+    generator = torch.Generator().manual_seed(SEED)
+    latent = model.first_stage_model.encode(data.render(data.draw_scenes(2, generator)))
+    x = latent + 2 * torch.randn(latent.shape, generator=generator)
+    attention = model.unet.middle_block[1].transformer_blocks[0].attn1
+    attention.forward = lambda x, context=None, mask=None: attention.to_out(attention.to_v(x))
+    perturbed = model.denoise(x, torch.full((2,), 2.0), cond=model.context(["", ""]))
+    torch.testing.assert_close(shown["degraded by PAG"], model.first_stage_model.decode(perturbed), rtol=0, atol=1e-4)
+    assert (shown["degraded by PAG"] - shown["predicted"]).abs().mean() > 0.01
+    assert draw_degraded(model, count=3).size == (150 + 3 * 134, 4 * 134)
