@@ -8,7 +8,7 @@ leads away from: the prediction that PAG's identity attention or SAG's blurred i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,24 +44,44 @@ class Direction:
     cosine: Estimate
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Drawn pictures ``(B, 3, 64, 64)``, their latents, and what is predicted of them unguided and by each guidance."""
+
+    drawn: Tensor
+    latent: Tensor
+    plain: Tensor
+    guided: Mapping[str, Tensor]
+
+
 @torch.no_grad()
-def direction(model: DemoModel, settings: Settings, *, sigma: float, count: int, batch: int = 50) -> Direction:
-    """How ``settings`` move unconditional predictions at noise level ``sigma``."""
-    moves, misses = [], []
-    for first in range(0, count, batch):
-        rows = min(batch, count - first)
-        generator = torch.Generator().manual_seed(SEED + first)
-        latent = model.first_stage_model.encode(data.render(data.draw_scenes(rows, generator)))
-        x = latent + sigma * torch.randn(latent.shape, generator=generator)
-        empty = model.context([""] * rows)
-        with fused_attention():
-            plain, guided = (
-                GuidedDenoiser(model, Recipe(settings=used), context=empty, empty=empty)(x, sigma)
-                for used in (Settings(), settings)
-            )
-        moves.append((guided - plain).flatten(1))
-        misses.append((latent - plain).flatten(1))
-    return compared(torch.cat(moves), torch.cat(misses))
+def predict(model: DemoModel, *, sigma: float, count: int, seed: int = SEED) -> Predictions:
+    """Unconditional predictions at noise level ``sigma``, at scale 1."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = data.render(data.draw_scenes(count, generator))
+    latent = model.first_stage_model.encode(drawn)
+    x = latent + sigma * torch.randn(latent.shape, generator=generator)
+    empty = model.context([""] * count)
+
+    def predicted(settings: Settings) -> Tensor:
+        return GuidedDenoiser(model, Recipe(settings=settings), context=empty, empty=empty)(x, sigma)
+
+    with fused_attention():
+        guided = {name: predicted(settings) for name, settings in GUIDANCE.items()}
+        return Predictions(drawn, latent, predicted(Settings()), guided)
+
+
+def directions(model: DemoModel, *, sigma: float, count: int, batch: int = 50) -> dict[str, Direction]:
+    """How each guidance moves unconditional predictions at noise level ``sigma``."""
+    parts = [
+        predict(model, sigma=sigma, count=min(batch, count - first), seed=SEED + first)
+        for first in range(0, count, batch)
+    ]
+    misses = torch.cat([(part.latent - part.plain).flatten(1) for part in parts])
+    return {
+        name: compared(torch.cat([(part.guided[name] - part.plain).flatten(1) for part in parts]), misses)
+        for name in GUIDANCE
+    }
 
 
 def compared(moves: Tensor, misses: Tensor) -> Direction:
@@ -76,8 +96,7 @@ def table(model: DemoModel, *, count: int = 400, begins: Sequence[float] = BEGIN
     lines = ["| noise level | guidance | move at scale 1, over what is missed | cosine |", "| --- | --- | --- | --- |"]
     for begin in begins:
         sigma = noise_levels(20, begin)[0]
-        for name, settings in GUIDANCE.items():
-            found = direction(model, settings, sigma=sigma, count=count)
+        for name, found in directions(model, sigma=sigma, count=count).items():
             cosine = f"{found.cosine.value:+.3f} ± {found.cosine.margin:.3f}"
             lines.append(f"| {sigma:.2f} | {name} | {found.size:.2f} | {cosine} |")
     return "\n".join(lines)
@@ -89,19 +108,10 @@ def degraded(model: DemoModel, *, sigma: float, count: int) -> dict[str, Tensor]
 
     At scale 1 guidance gives ``plain + (plain - degraded)``, from which the engine's degraded prediction follows.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    drawn = data.render(data.draw_scenes(count, generator))
-    latent = model.first_stage_model.encode(drawn)
-    x = latent + sigma * torch.randn(latent.shape, generator=generator)
-    empty = model.context([""] * count)
-
-    def predicted(settings: Settings) -> Tensor:
-        return GuidedDenoiser(model, Recipe(settings=settings), context=empty, empty=empty)(x, sigma)
-
-    plain = predicted(Settings())
-    shown = {"predicted": plain}
-    shown |= {f"degraded by {name}": 2 * plain - predicted(settings) for name, settings in GUIDANCE.items()}
-    return {"drawn": drawn} | {name: model.first_stage_model.decode(value) for name, value in shown.items()}
+    found = predict(model, sigma=sigma, count=count)
+    shown = {"predicted": found.plain}
+    shown |= {f"degraded by {name}": 2 * found.plain - guided for name, guided in found.guided.items()}
+    return {"drawn": found.drawn} | {name: model.first_stage_model.decode(value) for name, value in shown.items()}
 
 
 def draw_degraded(model: DemoModel, *, begin: float = 0.25, count: int = 8) -> Image.Image:

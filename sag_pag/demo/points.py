@@ -110,31 +110,34 @@ def _begins(mode: Mode, steps: int) -> list[Point]:
     return found
 
 
+def _switched_on(*features: str) -> dict[str, object]:
+    on: dict[str, object] = {f"{feature}_enabled": True for feature in features}
+    return {**on, **OWN_DEFAULTS} if "pag" in features else on
+
+
 def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | None]]:
     if sweep in _SCALARS:
         name, values = _SCALARS[sweep]
         return [(f"{value:g}", {name: value}, 1, value) for value in values]
     if sweep == "pag-blocks":
-        return [(blocks, {**OWN_DEFAULTS, "pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
+        return [(blocks, {**_switched_on("pag"), "pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
     if sweep == "sag-block":
         return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
         return [
             (
                 f"{feature.upper()} {start:g} to {end:g}",
-                {**own, f"{feature}_start": start, f"{feature}_end": end},
+                {**_switched_on(feature), f"{feature}_start": start, f"{feature}_end": end},
                 1,
                 None,
             )
-            for feature, own in (("pag", OWN_DEFAULTS), ("sag", {}))
+            for feature in ("pag", "sag")
             for start, end in _RANGES
         ]
     if sweep == "cost":
         variants: list[tuple[str, dict[str, object], int, float | None]] = []
         for label, features in (("PAG", ("pag",)), ("SAG", ("sag",)), ("SAG+PAG", ("sag", "pag"))):
-            enabled: dict[str, object] = {f"{feature}_enabled": True for feature in features}
-            if "pag" in features:
-                enabled |= OWN_DEFAULTS
+            enabled = _switched_on(*features)
             variants += [(f"{label}, every {every}", enabled, every, None) for every in (1, 2, 3, 4)]
             for start, end in ((0.0, 0.5), (0.25, 0.75)):
                 limits: dict[str, object] = {f"{feature}_start": start for feature in features}
