@@ -18,6 +18,9 @@ SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "moon"
 SLOTS = (SIZES, COLOURS, SHAPES, SIZES, COLOURS, SHAPES, COLOURS)
 """What each of the seven slots may hold: left object, right object, background."""
 
+SHAPE_SLOTS = tuple(index for index, slot in enumerate(SLOTS) if slot is SHAPES)
+"""Where the left and the right object's shapes stand."""
+
 VOCABULARY = ("", *SIZES, *COLOURS, *SHAPES)
 WORD_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 CONTEXT_DIM = 64
@@ -34,7 +37,7 @@ class CaptionError(ValueError):
 def parse(caption: str) -> list[int]:
     """The seven word ids of a caption, 0 where a slot is empty. Raises :class:`CaptionError`."""
     ids = [0] * len(SLOTS)
-    slot, end = _SECTIONS[""]
+    (slot, end), opened = _SECTIONS[""], ""
     for word in caption.lower().replace(",", " ").split():
         if word in _ARTICLES:
             continue
@@ -42,7 +45,7 @@ def parse(caption: str) -> list[int]:
             start, stop = _SECTIONS[word]
             if stop <= end or (word == "and" and not any(ids)):
                 raise CaptionError(f"{word!r} is out of place in {caption!r}")
-            slot, end = start, stop
+            slot, end, opened = start, stop, word
             continue
         if word not in WORD_IDS:
             raise CaptionError(f"unknown word {word!r}; known are {', '.join((*VOCABULARY[1:], 'and', 'on'))}")
@@ -50,12 +53,14 @@ def parse(caption: str) -> list[int]:
         if not fitting:
             raise CaptionError(f"{word!r} is out of place in {caption!r}; write it like 'small red star on green'")
         ids[fitting[0]] = WORD_IDS[word]
-        slot = fitting[0] + 1
+        slot, opened = fitting[0] + 1, ""
+    if opened:
+        raise CaptionError(f"{caption!r} ends in {opened!r}")
     return ids
 
 
 def describe(ids: list[int]) -> str:
-    """The caption of seven word ids: the inverse of :func:`parse`."""
+    """The caption of seven word ids: what :func:`parse` reads as the same ones, if there is a left object."""
     words = [VOCABULARY[index] for index in ids]
     left, right, ground = (" ".join(filter(None, part)) for part in (words[:3], words[3:6], words[6:]))
     objects = " and ".join(filter(None, (left, right)))

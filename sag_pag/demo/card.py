@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 from sag_pag.demo.model import WEIGHTS, load, read_metadata
@@ -25,13 +27,16 @@ def weights_table(path: Path = WEIGHTS) -> str:
     training = json.loads(metadata["training"])
     children = dict(load(path).named_children())
     counts = {name: sum(value.numel() for value in children[name].state_dict().values()) for name in PARTS}
-    flags = {name: training[name] for name in ("steps", "batch", "learning_rate", "seed", "autoencoder_steps")}
+    flags = {name: training[name] for name in ("batch", "learning_rate", "seed", "autoencoder_steps")}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    options += "" if training["bf16"] else " --float32"
+    runs = [*training["finished"], training["steps"]]
+    commands = ", then ".join(f"`python -m sag_pag.demo train --steps {steps} {options}`" for steps in runs)
     rows = {
         "File": f"`{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors",
         "SHA-256": f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`",
         "Numbers in it": "; ".join(f"{label} {counts[name]:,}" for name, label in PARTS.items()),
-        "Training": f"`python -m sag_pag.demo train {options}{' --bf16' if training['bf16'] else ''}`",
+        "Training": commands,
         "Steps taken": f"{training['step']:,} of {training['steps']:,}, {training['seconds'] / 60:.0f} minutes",
         "Other settings": ", ".join(f"{name} {training[name]}" for name in OTHERS),
         "Held-out loss": f"{metadata['held_out_loss']} (mean squared error of v on {training['held_out']} pictures)",
@@ -41,7 +46,9 @@ def weights_table(path: Path = WEIGHTS) -> str:
 
 def main() -> None:
     """Replaces the table between the two marks in the model card."""
+    argparse.ArgumentParser(prog="python -m sag_pag.demo.card", description=main.__doc__).parse_args()
     write_part(CARD, BEGIN, END, weights_table())
+    sys.stdout.write(f"{CARD}\n")
 
 
 if __name__ == "__main__":

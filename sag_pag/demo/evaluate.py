@@ -1,30 +1,31 @@
 """Does guidance improve pictures? Fréchet distance, precision, recall and caption agreement of many samples.
 
 Samples are made in groups of seeds; a finished group is a small file, so an interrupted run goes on where it was, and
-memory holds one batch of pictures and the features. Every point uses the same seeds and captions. The U-Net computes in
-bfloat16 unless told otherwise, with torch's fused attention: half the time, and pictures that differ from float32's by
-less than one of 256 steps of brightness on average.
+memory holds one batch of pictures and the features. After a change of the code, begin in another folder: files tell
+other weights and other recipes apart, not other code. Every point uses the same seeds and captions. The U-Net computes
+in bfloat16 unless told otherwise, with torch's fused attention: half the time, and pictures that differ from float32's
+by less than one of 256 steps of brightness on average.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.demo import data, metrics
-from sag_pag.demo.captions import describe
+from sag_pag.demo.captions import SHAPE_SLOTS, describe
 from sag_pag.demo.classifier import Classifier, agreement
 from sag_pag.demo.layers import fused_attention
-from sag_pag.demo.metrics import Estimate, Moments
+from sag_pag.demo.metrics import Change, Estimate, Moments
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.points import Point
 from sag_pag.demo.progress import Progress
@@ -33,6 +34,7 @@ from sag_pag.demo.sampling import noise_of, sample
 REFERENCE_SEED = 3 * 10**6
 REAL_SEED = 4 * 10**6
 CAPTION_SEED = 5 * 10**6
+NOISE_SEED = 7 * 10**6
 REFERENCE = 20_000
 
 
@@ -47,6 +49,10 @@ class Size:
     def __post_init__(self) -> None:
         if self.groups < 2 or self.group < 2 or self.batch < 1:
             raise ValueError("intervals need at least two groups of at least two samples")
+        if self.total - self.group <= metrics.NEIGHBOURS:
+            raise ValueError(f"more than {metrics.NEIGHBOURS} samples must be left without one group: take more")
+        if self.total > REFERENCE:
+            raise ValueError(f"{self.total} samples a line can't be used; allowed: at most {REFERENCE}")
 
     @property
     def total(self) -> int:
@@ -63,7 +69,7 @@ class Result:
     point: Point
     samples: int
     frechet: Estimate
-    change: Estimate | None
+    change: Change | None
     precision: Estimate
     recall: Estimate
     agreement: Estimate
@@ -71,22 +77,39 @@ class Result:
     gigaflops: float
 
 
-def fingerprint(model: DemoModel) -> str:
-    """A short hash of the weights: results of other weights are not taken for this one's."""
+@dataclass(frozen=True)
+class Floor:
+    """What as many drawn pictures as a point has samples get, and their distance after encoding and decoding.
+
+    The latter is what a perfect U-Net would get, whose latents this autoencoder decodes.
+    """
+
+    frechet: Estimate
+    decoded: Estimate
+    precision: Estimate
+    recall: Estimate
+    two_objects: Estimate
+
+
+def fingerprint(*models: nn.Module) -> str:
+    """A short hash of the weights: results of other weights are not taken for these."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    for model in models:
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def drawn_features(classifier: Classifier, count: int, *, seed: int, chunk: int = 500) -> Tensor:
-    """``(count, 96)`` features of freshly drawn pictures."""
-    parts = []
+def drawn_pictures(count: int, *, seed: int, chunk: int = 500) -> Iterator[Tensor]:
+    """Freshly drawn pictures, ``(chunk, 3, 64, 64)`` at a time."""
     for index, start in enumerate(range(0, count, chunk)):
         generator = torch.Generator().manual_seed(seed * 10**9 + index)
-        pictures = data.render(data.draw_scenes(min(chunk, count - start), generator))
-        parts.append(classifier.embed(pictures))
-    return torch.cat(parts)
+        yield data.render(data.draw_scenes(min(chunk, count - start), generator))
+
+
+def drawn_features(classifier: Classifier, count: int, *, seed: int) -> Tensor:
+    """``(count, 96)`` features of freshly drawn pictures."""
+    return torch.cat([classifier.embed(pictures) for pictures in drawn_pictures(count, seed=seed)])
 
 
 def group_scenes(group: int, size: int) -> data.Scenes:
@@ -114,7 +137,7 @@ class Evaluation:
         self.classifier = classifier
         self.out = out
         self.size = size
-        self.name = fingerprint(model)
+        self.judged = fingerprint(model, classifier)
         self.costs: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
 
@@ -134,7 +157,7 @@ class Evaluation:
         return self.drawn[: self.size.total]
 
     def key(self, point: Point) -> str:
-        return point.key(model=self.name, group_size=self.size.group, bf16=self.bf16)
+        return point.key(judged=self.judged, group_size=self.size.group, bf16=self.bf16)
 
     def path(self, point: Point, group: int) -> Path:
         return self.out / f"{self.key(point)}-{group:03}.safetensors"
@@ -146,7 +169,7 @@ class Evaluation:
         return [todo for path, todo in shares if not path.exists()]
 
     @torch.no_grad()
-    def make(self, point: Point, group: int, *, on_step: Callable[[], None] | None = None) -> None:
+    def make(self, point: Point, group: int) -> None:
         """Sample one group and write its features and caption agreement."""
         size = self.size
         scenes = group_scenes(group, size.group)
@@ -156,11 +179,11 @@ class Evaluation:
         features, agreements = [], []
         for start in range(0, size.group, size.batch):
             rows = range(start, min(start + size.batch, size.group))
-            seeds = [group * size.group + row for row in rows]
+            seeds = [NOISE_SEED * 10**9 + group * size.group + row for row in rows]
             part = captions[rows.start : rows.stop]
             with fused_attention(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 latent = sample(
-                    self.model, part, seeds=seeds, recipe=point.recipe, on_step=on_step,
+                    self.model, part, seeds=seeds, recipe=point.recipe,
                     drawn=None if drawn is None else drawn[rows.start : rows.stop],
                 )  # fmt: skip
             pictures = self.model.first_stage_model.decode(latent)
@@ -180,19 +203,24 @@ class Evaluation:
                 self.make(point, group)
                 bar.update(done, f"{point.sweep}: {point.label}, {point.mode}")
 
-    def features(self, point: Point) -> list[Tensor]:
-        """The features of each group."""
-        return [load_file(self.path(point, group))["features"] for group in range(self.size.groups)]
+    def made(self, point: Point) -> bool:
+        """Whether all groups of the point have been made."""
+        return all(self.path(point, group).exists() for group in range(self.size.groups))
+
+    def moments(self, point: Point) -> list[Moments]:
+        """Of the features of each group."""
+        return [
+            Moments.of(load_file(self.path(point, group))["features"]) for group in range(self.size.groups)
+        ]
+
+    def change(self, point: Point, *, since: Point) -> Change:
+        """The Fréchet distance relative to another point's, both made."""
+        return metrics.relative_change(self.reference, self.moments(since), self.moments(point))
 
     def result(self, point: Point) -> Result:
         """The numbers of one point, all of whose groups (and its baseline's) have been made."""
         loaded = [load_file(self.path(point, group)) for group in range(self.size.groups)]
-        groups = [Moments.of(part["features"]) for part in loaded]
-        baseline, change = point.baseline, None
-        if point.recipe != baseline.recipe and all(
-            self.path(baseline, group).exists() for group in range(self.size.groups)
-        ):
-            change = metrics.relative_change(self.reference, [Moments.of(f) for f in self.features(baseline)], groups)
+        compared = self.key(point) != self.key(point.baseline) and self.made(point.baseline)
         precision, recall = self._coverage([part["features"] for part in loaded])
         key = self.key(point)
         if key not in self.costs:
@@ -200,8 +228,8 @@ class Evaluation:
         return Result(
             point=point,
             samples=self.size.total,
-            frechet=metrics.frechet_estimate(self.reference, groups),
-            change=change,
+            frechet=metrics.frechet_estimate(self.reference, [Moments.of(part["features"]) for part in loaded]),
+            change=self.change(point, since=point.baseline) if compared else None,
             precision=precision,
             recall=recall,
             agreement=metrics.mean_estimate([part["agreement"] for part in loaded])
@@ -213,12 +241,12 @@ class Evaluation:
 
     def two_objects(self, groups: Sequence[Tensor]) -> Estimate:
         """The share of pictures in which the classifier sees a second shape."""
-        second = 5
+        _, second = SHAPE_SLOTS
         return metrics.mean_estimate([self.classifier.answers(group)[second].argmax(dim=1) > 0 for group in groups])
 
-    def _coverage(self, groups: list[Tensor]) -> tuple[Estimate, Estimate]:
+    def _coverage(self, groups: Sequence[Tensor]) -> tuple[Estimate, Estimate]:
         """Precision over the groups of samples; recall once more without each group."""
-        on_real, _ = metrics.precision_recall(self.manifold, torch.cat(groups))
+        on_real, _ = metrics.precision_recall(self.manifold, torch.cat(list(groups)))
 
         def recall(kept: Sequence[int]) -> float:
             _, covered = metrics.precision_recall(self.manifold, torch.cat([groups[index] for index in kept]))
@@ -227,10 +255,17 @@ class Evaluation:
         precision = metrics.mean_estimate(torch.split(on_real, [len(group) for group in groups]))
         return precision, metrics.jackknife(len(groups), recall)
 
-    def floor(self) -> tuple[Estimate, Estimate, Estimate, Estimate]:
-        """Fréchet distance, precision, recall and share of two objects of as many drawn pictures as a point has."""
-        drawn = drawn_features(self.classifier, self.size.total, seed=REAL_SEED)
-        groups = list(torch.split(drawn, self.size.group))
+    def floor(self) -> Floor:
+        """Of drawn pictures that are not the reference's."""
+        first_stage = self.model.first_stage_model
+        drawn, decoded = [], []
+        for pictures in drawn_pictures(self.size.total, seed=REAL_SEED):
+            drawn.append(self.classifier.embed(pictures))
+            decoded.append(self.classifier.embed(first_stage.decode(first_stage.encode(pictures))))
+        groups, decoded_groups = (torch.split(torch.cat(parts), self.size.group) for parts in (drawn, decoded))
         precision, recall = self._coverage(groups)
-        frechet = metrics.frechet_estimate(self.reference, [Moments.of(group) for group in groups])
-        return frechet, precision, recall, self.two_objects(groups)
+        frechet, of_decoded = (
+            metrics.frechet_estimate(self.reference, [Moments.of(group) for group in features])
+            for features in (groups, decoded_groups)
+        )
+        return Floor(frechet, of_decoded, precision, recall, self.two_objects(groups))

@@ -18,6 +18,10 @@ T_97_5 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 """Student's 97.5 % quantile for 1, 2, … 15 degrees of freedom; beyond, :func:`t_quantile` approximates it."""
 
 
+NEIGHBOURS = 3
+"""How many neighbours precision and recall look at, as Kynkäänniemi et al. do."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums that give mean and covariance of features, and that add up over groups. float64."""
@@ -95,7 +99,7 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> Tens
 
 
 def precision_recall(
-    real: Tensor, generated: Tensor, *, neighbours: int = 3, chunk: int = 512
+    real: Tensor, generated: Tensor, *, neighbours: int = NEIGHBOURS, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
     """Which generated samples lie on the real manifold, and which real ones on the generated manifold.
 
@@ -164,10 +168,21 @@ def frechet_estimate(real: Moments, groups: Sequence[Moments]) -> Estimate:
     return jackknife(len(groups), statistic)
 
 
-def relative_change(real: Moments, baseline: Sequence[Moments], other: Sequence[Moments]) -> Estimate:
-    """By what share the Fréchet distance of ``other`` differs from ``baseline``'s (-0.25: a quarter lower).
+@dataclass(frozen=True)
+class Change:
+    """By what share something differs (-0.25: a quarter lower), and its 95 % interval, which is not symmetric."""
 
-    Group ``i`` of both must be made from the same seeds. Raises ``ValueError`` for unequal numbers of groups.
+    value: float
+    low: float
+    high: float
+
+
+def relative_change(real: Moments, baseline: Sequence[Moments], other: Sequence[Moments]) -> Change:
+    """By what share the Fréchet distance of ``other`` differs from ``baseline``'s.
+
+    Group ``i`` of both must be made from the same seeds. The interval is that of the logarithm of their ratio: the
+    baseline's distance is uncertain too, so that an interval of the ratio itself reaches too far up or not far enough.
+    Raises ``ValueError`` for unequal numbers of groups.
     """
     if len(baseline) != len(other):
         raise ValueError(f"{len(baseline)} groups of the baseline for {len(other)}")
@@ -176,9 +191,10 @@ def relative_change(real: Moments, baseline: Sequence[Moments], other: Sequence[
         first, second = (
             frechet_distance(real, sum_moments([groups[index] for index in kept])) for groups in (baseline, other)
         )
-        return second / first - 1
+        return math.log(second / first)
 
-    return jackknife(len(baseline), statistic)
+    estimate = jackknife(len(baseline), statistic)
+    return Change(*(math.expm1(x) for x in (estimate.value, estimate.low, estimate.high)))
 
 
 def mean_estimate(values: Sequence[Tensor]) -> Estimate:

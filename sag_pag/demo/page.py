@@ -242,6 +242,7 @@ def serve(model: DemoModel, *, host: str, port: int, on_ready: Callable[[str], o
         listening.bind((host, port))
         app = make_app(model)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        shown = f"[{shown}]" if ":" in shown else shown
         on_ready(f"http://{shown}:{listening.getsockname()[1]}/")
         torch.set_grad_enabled(False)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def around(page: Path, begin: str, end: str) -> tuple[str, str]:
     """What stands before and after the part, marks included. Raises ``ValueError`` if there are no marks."""
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     before, first, rest = text.partition(begin)
     _, last, after = rest.partition(end)
     if not first or not last:

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from sag_pag.demo.sampling import Recipe, noise_levels
-from sag_pag.settings import Settings
+from sag_pag.settings import PARAMETERS, Settings, implied_switches
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
 MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
 SWEPT_MODES: tuple[Mode, ...] = ("unconditional", "captioned, CFG 3")
+Feature = Literal["sag", "pag"]
+FEATURES: tuple[Feature, ...] = ("sag", "pag")
 DEFAULT = "default"
 """The name of the default set beside those of the sweeps."""
 
@@ -38,24 +40,37 @@ class Point:
         recipe = replace(self.recipe, settings=Settings(), every=1, begin=0.0)
         return replace(self, label="none", recipe=recipe, x=0.0)
 
-    def key(self, *, model: str, group_size: int, bf16: bool) -> str:
-        """A short name of all that the pictures depend on, for resuming."""
-        about = json.dumps([model, group_size, bf16, self.captioned, asdict(self.recipe)], sort_keys=True)
+    def alone(self, feature: Feature) -> Point:
+        """The same with the other feature switched off."""
+        switches = {f"{name}_enabled": name == feature for name in FEATURES}
+        return replace(self, recipe=replace(self.recipe, settings=self.recipe.settings.with_values(switches)))
+
+    def key(self, *, judged: str, group_size: int, bf16: bool) -> str:
+        """A short name for resuming: of the weights, and of all in the recipe that has an effect. Not of the code."""
+        recipe = {**asdict(self.recipe), "settings": self.recipe.settings.infotext()}
+        about = json.dumps([judged, group_size, bf16, self.captioned, recipe], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
+PAG_SCALE = 1.0
+OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
+"""What suits this model better than the extension's defaults (docs/demo-evaluation.md); the grid uses it too."""
+
+
 def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1) -> Recipe:
-    settings = Settings.from_dict(values)
+    settings = Settings().with_values({**OWN_DEFAULTS, **implied_switches(values), **values})
     return Recipe(settings=settings, cfg=3.0 if mode == "captioned, CFG 3" else 1.0, steps=steps, every=every)
 
 
 def default_points(steps: int = 20) -> list[Point]:
-    """No guidance, SAG, PAG and both at the extension's own defaults, in every mode."""
+    """No guidance, SAG, PAG and both, and PAG at the extension's own default scale, in every mode."""
+    panel = PARAMETERS["pag_scale"].default
     variants: dict[str, dict[str, object]] = {
         "none": {},
-        "SAG": {"sag_enabled": True},
-        "PAG": {"pag_enabled": True},
-        "SAG+PAG": {"sag_enabled": True, "pag_enabled": True},
+        "SAG": _switched_on("sag"),
+        f"PAG {PAG_SCALE:g}": _switched_on("pag"),
+        f"SAG+PAG {PAG_SCALE:g}": _switched_on("sag", "pag"),
+        f"PAG {panel:g}": {"pag_scale": panel},
     }
     return [
         Point(DEFAULT, label, mode, _recipe(mode, values, steps=steps))
@@ -64,8 +79,8 @@ def default_points(steps: int = 20) -> list[Point]:
     ]
 
 
-OWN_DEFAULTS: dict[str, object] = {"pag_scale": 1.0}
-"""What suits this model (docs/demo-evaluation.md); the grid, and the sweeps of other things, use it."""
+def _switched_on(*features: Feature) -> dict[str, object]:
+    return {f"{feature}_enabled": True for feature in features}
 
 _SCALARS: dict[str, tuple[str, tuple[float, ...]]] = {
     "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)),
@@ -110,24 +125,19 @@ def _begins(mode: Mode, steps: int) -> list[Point]:
     return found
 
 
-def _switched_on(*features: str) -> dict[str, object]:
-    on: dict[str, object] = {f"{feature}_enabled": True for feature in features}
-    return {**on, **OWN_DEFAULTS} if "pag" in features else on
-
-
 def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | None]]:
     if sweep in _SCALARS:
         name, values = _SCALARS[sweep]
         return [(f"{value:g}", {name: value}, 1, value) for value in values]
     if sweep == "pag-blocks":
-        return [(blocks, {**_switched_on("pag"), "pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
+        return [(blocks, {"pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
     if sweep == "sag-block":
         return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
         return [
             (
                 f"{feature.upper()} {start:g} to {end:g}",
-                {**_switched_on(feature), f"{feature}_start": start, f"{feature}_end": end},
+                {f"{feature}_start": start, f"{feature}_end": end},
                 1,
                 None,
             )
@@ -136,11 +146,12 @@ def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | Non
         ]
     if sweep == "cost":
         variants: list[tuple[str, dict[str, object], int, float | None]] = []
-        for label, features in (("PAG", ("pag",)), ("SAG", ("sag",)), ("SAG+PAG", ("sag", "pag"))):
+        methods: dict[str, tuple[Feature, ...]] = {"PAG": ("pag",), "SAG": ("sag",), "SAG+PAG": FEATURES}
+        for label, features in methods.items():
             enabled = _switched_on(*features)
             variants += [(f"{label}, every {every}", enabled, every, None) for every in (1, 2, 3, 4)]
             for start, end in ((0.0, 0.5), (0.25, 0.75)):
-                limits: dict[str, object] = {f"{feature}_start": start for feature in features}
+                limits = {f"{feature}_start": start for feature in features}
                 limits |= {f"{feature}_end": end for feature in features}
                 variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, 1, None))
         return variants

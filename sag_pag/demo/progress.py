@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -31,7 +32,9 @@ class Progress:
         share = done / max(self.total, 1)
         bar = "#" * round(24 * share)
         line = f"{self.label} [{bar:<24}] {done}/{self.total} {_clock(elapsed)}, {_clock(left)} left  {note}"
-        self.stream.write(f"\r\x1b[2K{line}" if self.live else f"{line}\n")
+        if self.live:
+            line = f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}"
+        self.stream.write(line if self.live else f"{line}\n")
         self.stream.flush()
 
     def __enter__(self) -> Progress:

@@ -1,4 +1,4 @@
-"""The results of ``evaluate`` as CSV, as a Markdown table and as plots."""
+"""The results of ``evaluate`` as CSV, as Markdown tables and as plots."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sag_pag.demo.evaluate import Evaluation, Result
-from sag_pag.demo.metrics import Estimate
-from sag_pag.demo.pages import around, write_part
+from sag_pag.demo.evaluate import Evaluation, Floor, Result
+from sag_pag.demo.metrics import Change, Estimate
+from sag_pag.demo.pages import write_part
 from sag_pag.demo.points import Point
 
-BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",
-    "frechet", "frechet_margin", "change", "change_margin", "precision", "precision_margin",
+    "frechet", "frechet_margin", "change", "change_low", "change_high", "precision", "precision_margin",
     "recall", "recall_margin", "agreement", "agreement_margin", "two_objects", "two_objects_margin",
     "gflop_per_picture",
 )  # fmt: skip
 
 
 def csv_row(result: Result) -> dict[str, object]:
-    """One line of the CSV; margins are half-widths of 95 % intervals."""
+    """One line of the CSV; margins are half-widths of 95 % intervals, low and high their ends."""
     point = result.point
     row: dict[str, object] = {
         "sweep": point.sweep,
@@ -34,11 +33,13 @@ def csv_row(result: Result) -> dict[str, object]:
         "samples": result.samples,
         "gflop_per_picture": f"{result.gigaflops:.2f}",
     }
-    for name in ("frechet", "change", "precision", "recall", "agreement", "two_objects"):
-        estimate: Estimate | None = getattr(result, name)
-        known = estimate is not None and estimate.value == estimate.value
-        row[name] = f"{estimate.value:.4f}" if estimate is not None and known else ""
-        row[f"{name}_margin"] = f"{estimate.margin:.4f}" if estimate is not None and known else ""
+    for name in ("change", "change_low", "change_high"):
+        row[name] = f"{getattr(result.change, name.partition('_')[2] or 'value'):.4f}" if result.change else ""
+    for name in ("frechet", "precision", "recall", "agreement", "two_objects"):
+        estimate: Estimate = getattr(result, name)
+        known = estimate.value == estimate.value
+        row[name] = f"{estimate.value:.4f}" if known else ""
+        row[f"{name}_margin"] = f"{estimate.margin:.4f}" if known else ""
     return row
 
 
@@ -50,11 +51,16 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
         writer.writerows(csv_row(result) for result in results)
 
 
-def _share(estimate: Estimate | None, *, signed: bool = False) -> str:
-    if estimate is None or estimate.value != estimate.value:
+def _share(estimate: Estimate) -> str:
+    if estimate.value != estimate.value:
         return ""
-    value = f"{100 * estimate.value:+.0f}" if signed else f"{100 * estimate.value:.1f}"
-    return f"{value} ± {100 * estimate.margin:.{0 if signed else 1}f} %"
+    return f"{100 * estimate.value:.1f} ± {100 * estimate.margin:.1f} %"
+
+
+def _changed(change: Change | None) -> str:
+    if change is None:
+        return ""
+    return f"{100 * change.value:+.0f} % ({100 * change.low:+.0f} to {100 * change.high:+.0f})"
 
 
 def markdown_table(results: Sequence[Result]) -> str:
@@ -69,7 +75,7 @@ def markdown_table(results: Sequence[Result]) -> str:
             result.point.mode,
             result.point.label,
             f"{result.frechet.value:.2f} ± {result.frechet.margin:.2f}",
-            _share(result.change, signed=True),
+            _changed(result.change),
             _share(result.precision),
             _share(result.recall),
             _share(result.agreement),
@@ -80,51 +86,71 @@ def markdown_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def combined_table(judge: Evaluation, results: Sequence[Result]) -> str:
+    """Both methods together against each alone, where that has been measured; empty without such a point."""
+    rows = []
+    for point in (result.point for result in results):
+        if point.recipe.settings.sag_enabled and point.recipe.settings.pag_enabled:
+            others = [point.alone("sag"), point.alone("pag")]
+            cells = [_changed(judge.change(point, since=other)) if judge.made(other) else "" for other in others]
+            rows.append(f"| {point.mode} | {point.label} | {' | '.join(cells)} |")
+    if not rows:
+        return ""
+    head = "| mode | guidance | against SAG alone | against PAG alone |\n| --- | --- | --- | --- |"
+    return "\n".join(["", head, *rows, ""])
+
+
+def footnote(judge: Evaluation, floor: Floor) -> str:
+    """How the numbers of a table were made, and what drawn pictures get."""
+    size = judge.size
+    return (
+        f"{size.total} samples a line, in {size.groups} groups of seeds; intervals of 95 %; computed in "
+        f"{'bfloat16' if judge.bf16 else 'float32'}. As many drawn pictures against the same {len(judge.drawn)} drawn "
+        f"ones: Fréchet distance {floor.frechet}, and {floor.decoded} after the autoencoder, which is what a perfect "
+        f"U-Net would get; precision {_share(floor.precision)}, recall {_share(floor.recall)}, two objects in "
+        f"{_share(floor.two_objects)}.\n"
+    )
+
+
+def marks(sweep: str) -> tuple[str, str]:
+    """Between what a page of the docs has the results of a sweep."""
+    return f"<!-- {sweep} -->", f"<!-- end of {sweep} -->"
+
+
 def write_all(
     judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True, docs: Path | None = None
 ) -> list[Path]:
-    """One CSV for all, a Markdown table and a plot for each sweep; returns what was written.
+    """A CSV, a Markdown table and a plot for each sweep; returns what was written.
 
-    ``docs`` is a page that gets all tables between its two marks, and the CSV and the plots into the folder of its
-    name beside it. Raises ``ValueError`` if it has no marks.
+    ``docs`` is a page that gets each sweep's table between that sweep's marks, and CSV and plot into the folder of its
+    name beside it. Raises ``ValueError`` if it has no such marks.
     """
-    if docs is not None:
-        around(docs, BEGIN, END)
-    results = {sweep: [judge.result(point) for point in points] for sweep, points in wanted.items()}
-    frechet, precision, recall, two_objects = judge.floor()
-    written = [out / "results.csv"]
-    write_csv([result for part in results.values() for result in part], written[0])
-    floor = (
-        f"{judge.size.total} samples a line, in {judge.size.groups} groups of seeds; intervals of 95 %; computed in "
-        f"{'bfloat16' if judge.bf16 else 'float32'}. As many real pictures against the same {len(judge.drawn)} real "
-        f"ones: Fréchet distance {frechet}, precision {_share(precision)}, recall {_share(recall)}, "
-        f"two objects in {_share(two_objects)}."
-    )
-    tables = {}
-    for sweep, part in results.items():
-        tables[sweep] = f"{markdown_table(part)}\n{floor}\n"
-        written.append(out / f"{sweep}.md")
-        written[-1].write_text(tables[sweep], encoding="utf-8")
+    floor = judge.floor()
+    written = []
+    for sweep, points in wanted.items():
+        results = [judge.result(point) for point in points]
+        table = f"{markdown_table(results)}{combined_table(judge, results)}\n{footnote(judge, floor)}"
+        files = [out / f"{sweep}.csv"]
+        write_csv(results, files[0])
         if plots:
-            written.append(out / f"{sweep}.png")
-            plot_sweep(part, written[-1], floor=frechet.value)
-    if docs is not None:
-        written += _write_docs(docs, tables, [path for path in written if path.suffix in (".csv", ".png")])
+            files.append(out / f"{sweep}.png")
+            plot_sweep(results, files[1], floor=floor.decoded.value)
+        page = out / f"{sweep}.md"
+        page.write_text(table, encoding="utf-8")
+        written += [*files, page]
+        if docs is not None:
+            written += _write_docs(docs, sweep, table, files)
     return written
 
 
-def _write_docs(page: Path, tables: Mapping[str, str], files: Sequence[Path]) -> list[Path]:
+def _write_docs(page: Path, sweep: str, table: str, files: Sequence[Path]) -> list[Path]:
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
     copies = [folder / path.name for path in files]
     for path, copy in zip(files, copies, strict=True):
         copy.write_bytes(path.read_bytes())
-    parts = []
-    for sweep, table in tables.items():
-        picture = folder / f"{sweep}.png"
-        shown = f"![{sweep}: Fréchet distance]({folder.name}/{picture.name})\n\n" if picture in copies else ""
-        parts.append(f"## {sweep}\n\n{shown}{table}")
-    write_part(page, BEGIN, END, "\n" + "\n".join(parts).rstrip())
+    shown = "".join(f"![{sweep}]({folder.name}/{copy.name})\n\n" for copy in copies if copy.suffix == ".png")
+    write_part(page, *marks(sweep), f"\n{shown}{table}")
     return [*copies, page]
 
 
@@ -148,7 +174,7 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
             _plot_costs(axes, chosen)
             continue
         _plot_panel(axes, chosen)
-        axes.axhline(floor, color="grey", linestyle=":", label="real pictures")
+        axes.axhline(floor, color="grey", linestyle=":", label="drawn pictures, through the autoencoder")
         axes.set_ylabel("Fréchet distance")
         axes.set_ylim(bottom=0)
     panels[0][0].legend()
@@ -166,8 +192,9 @@ def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
         chosen = [result for result in guided if result.point.label.partition(", ")[0] == method]
         costs = [result.gigaflops / unguided for result in chosen]
         changes = [result.change for result in chosen if result.change is not None]
-        values, margins = [100 * change.value for change in changes], [100 * change.margin for change in changes]
-        axes.errorbar(costs, values, yerr=margins, fmt="o", capsize=2, color=f"C{index}", alpha=0.25)
+        values = [100 * change.value for change in changes]
+        ends = [[100 * (x.value - x.low) for x in changes], [100 * (x.high - x.value) for x in changes]]
+        axes.errorbar(costs, values, yerr=ends, fmt="o", capsize=2, color=f"C{index}", alpha=0.25)
         axes.plot(costs, values, "o", color=f"C{index}", label=method)
         for result, cost, value in zip(chosen, costs, values, strict=True):
             text = result.point.label.partition(", ")[2].replace("every 1", "all steps")

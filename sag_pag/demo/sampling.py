@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sag_pag.blocks import Topology
+from sag_pag.branch import Denoiser
 from sag_pag.demo.autoencoder import FACTOR, LATENT_CHANNELS
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.schedule import TIMESTEPS, sigma_of, timestep_of
@@ -81,7 +82,7 @@ class GuidedDenoiser:
     """
 
     def __init__(self, model: DemoModel, recipe: Recipe, *, context: Tensor, empty: Tensor) -> None:
-        self.model = model
+        self.denoise: Denoiser = model.denoise
         self.recipe = recipe
         self.topology = Topology(model.unet)
         self.images = len(context)
@@ -98,8 +99,8 @@ class GuidedDenoiser:
             plan = plan_step(self.recipe.settings, self.topology, progress=progress)
         self.calls += 1
         if plan is None:
-            return self._combined(self.model.denoise(rows, levels, cond=self.cond))
-        step = GuidedStep(self.model.denoise, plan, topology=self.topology, layout=self.layout, space=SigmaSpace())
+            return self._combined(self.denoise(rows, levels, cond=self.cond))
+        step = GuidedStep(self.denoise, plan, topology=self.topology, layout=self.layout, space=SigmaSpace())
         combined = self._combined(step(rows, levels, cond=self.cond))
         step.finish()
         return step.apply(combined)

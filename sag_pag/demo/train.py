@@ -2,7 +2,8 @@
 
 Every step draws its own pictures, captions, timesteps and noise from a generator seeded by the run's seed and the
 step's number, so a resumed run takes the very steps that an uninterrupted one takes. The learning rate is constant
-until the last fifth (linear to zero there); how long to train may therefore be decided on the way.
+until the last fifth (linear to zero there); how long to train may therefore be decided until then. A finished run may
+be gone on with; its weights say so.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +33,12 @@ from sag_pag.demo.schedule import TIMESTEPS, angle_of
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 10**6
+"""Training's own seeds are below it."""
 HELD_OUT = 512
+
+
+class TrainError(ValueError):
+    """Settings that can't be used, in general or in this folder; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class TrainSettings:
     """What a run depends on. ``bf16`` computes the network in bfloat16 (autocast), its weights stay float32."""
 
     out: Path
-    steps: int = 11_000
+    steps: int = 22_000
     batch: int = 32
     learning_rate: float = 1e-3
     warmup: int = 200
@@ -44,16 +54,31 @@ class TrainSettings:
     ema: float = 0.999
     caption_dropout: float = 0.15
     seed: int = 0
-    bf16: bool = False
+    bf16: bool = True
     device: str = "cpu"
     checkpoint_every: int = 250
     autoencoder_steps: int = 3000
     held_out: int = HELD_OUT
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "checkpoint_every", "held_out"):
+        for name in ("steps", "batch", "checkpoint_every", "held_out", "autoencoder_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+                raise TrainError(f"{name}: {getattr(self, name)} can't be used; allowed: a whole number from 1 on")
+        if not 0 < self.learning_rate < math.inf:
+            raise TrainError(f"learning_rate: {self.learning_rate} can't be used; allowed: a number above 0")
+        if not 0 <= self.seed < HELD_OUT_SEED:
+            raise TrainError(f"seed: {self.seed} can't be used; allowed: a whole number from 0 to {HELD_OUT_SEED - 1}")
+
+    @property
+    def described(self) -> dict[str, object]:
+        """What the weights depend on."""
+        apart = ("out", "device", "checkpoint_every")
+        return {name: value for name, value in asdict(self).items() if name not in apart}
+
+    @property
+    def slows_down_at(self) -> int:
+        """The step from which the learning rate falls."""
+        return round((1 - self.decay) * self.steps)
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(self.trained, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = 0
         self.seconds = 0.0
+        self.finished: list[int] = []
+        """Numbers of steps of earlier runs that came to their end and were gone on with."""
         self.curve: list[tuple[int, float, float, float]] = []
         settings.out.mkdir(parents=True, exist_ok=True)
 
@@ -124,14 +151,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint, weights and loss curve; the checkpoint in one move, so that it is never half a file."""
-        state = {name: getattr(self, name) for name in ("step", "seconds", "curve")}
+        described = self.settings.described
+        state = {name: getattr(self, name) for name in ("step", "seconds", "curve", "finished")}
+        state["settings"] = described
         for name in ("model", "average", "optimiser"):
             state[name] = getattr(self, name).state_dict()
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint)
-        described = {name: value for name, value in asdict(self.settings).items() if name not in ("out", "device")}
-        metadata = {"training": json.dumps({**described, "step": self.step, "seconds": round(self.seconds)})}
+        taken = {"step": self.step, "seconds": round(self.seconds), "finished": self.finished}
+        metadata = {"training": json.dumps({**described, **taken})}
         if self.curve:
             metadata["held_out_loss"] = f"{self.curve[-1][2]:.5f}"
         save(self.average, self.settings.out / "weights.safetensors", metadata=metadata)
@@ -141,10 +170,15 @@ class Trainer:
             writer.writerows((step, f"{loss:.5f}", f"{held:.5f}", round(s)) for step, loss, held, s in self.curve)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint in the output folder, if there is one."""
+        """Go on from the checkpoint in the output folder, if there is one.
+
+        Raises :class:`TrainError` if that is of a run with other settings, or if its learning rate has begun to fall
+        towards another number of steps.
+        """
         if not self.checkpoint.exists():
             return False
         state = torch.load(self.checkpoint, map_location=self.settings.device, weights_only=True)
+        self.finished = _finished(self.settings, state)
         for name in ("model", "average", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -186,31 +220,63 @@ class Trainer:
                 losses.append(self.advance())
                 if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
                     self.seconds = before + time.monotonic() - began
-                    held_out = self.held_out_loss()
-                    self.curve.append((self.step, sum(losses) / len(losses), held_out, self.seconds))
+                    self.curve.append((self.step, sum(losses) / len(losses), self.held_out_loss(), self.seconds))
                     losses.clear()
                     self.save()
-                    logger.info("step %d: held-out loss %.5f", self.step, held_out)
                 note = f"held-out {self.curve[-1][2]:.4f}" if self.curve else ""
                 bar.update(self.step, f"{f'loss {losses[-1]:.4f}, ' if losses else ''}{note}")
 
 
+def _refuse_others(settings: TrainSettings, found: Mapping[str, object]) -> None:
+    """Raises :class:`TrainError` if a run was begun with other values than those of the settings."""
+    others = [f"{name} {value}, not {wanted}" for name, value in found.items()
+              if value != (wanted := settings.described[name])]  # fmt: skip
+    if others:
+        raise TrainError(f"the run in {settings.out} was begun with {'; '.join(others)}: use these or another --out")
+
+
+def _finished(settings: TrainSettings, state: Mapping[str, Any]) -> list[int]:
+    """The runs that a checkpoint's was begun from, its own among them if it is gone on with after its end."""
+    before: dict[str, Any] = dict(state["settings"])
+    step, steps = state["step"], before.pop("steps")
+    _refuse_others(settings, before)
+    finished: list[int] = state["finished"]
+    if step > settings.steps:
+        raise TrainError(f"steps: {settings.steps} can't be used; the run in {settings.out} has taken {step} already")
+    if steps == settings.steps or step <= min(replace(settings, steps=steps).slows_down_at, settings.slows_down_at):
+        return finished
+    if step < steps:
+        raise TrainError(f"steps: {settings.steps} can't be used; the run in {settings.out} nears its end at {steps}")
+    return [*finished, steps]
+
+
 def prepared_autoencoder(settings: TrainSettings) -> Autoencoder:
-    """The autoencoder in the output folder, trained first if there is none yet."""
+    """The autoencoder in the output folder, trained first if there is none yet.
+
+    Raises :class:`TrainError` if it was trained with other settings.
+    """
     path, model = settings.out / "autoencoder.safetensors", Autoencoder()
+    about = {"autoencoder_steps": settings.autoencoder_steps, "bf16": settings.bf16}
     if path.exists():
+        with safe_open(path, framework="pt") as file:
+            _refuse_others(settings, json.loads(file.metadata()["training"]))
         model.load_state_dict(load_file(path))
     else:
         settings.out.mkdir(parents=True, exist_ok=True)
         model = train_autoencoder(steps=settings.autoencoder_steps, bf16=settings.bf16)
-        save_file(model.state_dict(), path)
+        partial = path.with_suffix(".partial")
+        save_file(model.state_dict(), partial, metadata={"training": json.dumps(about)})
+        partial.replace(path)
     return model.eval().requires_grad_(False)
 
 
 def train(settings: TrainSettings) -> Path:
-    """Train, going on from an earlier run's checkpoint in the same folder; returns the weights' path."""
+    """Train, going on from an earlier run's checkpoint in the same folder; returns the weights' path.
+
+    Raises :class:`TrainError` as :meth:`Trainer.resume` does.
+    """
     trainer = Trainer(settings, prepared_autoencoder(settings))
     if trainer.resume():
-        logger.info("going on from step %d", trainer.step)
+        logger.info("going on from step %d of %d", trainer.step, settings.steps)
     trainer.run()
     return settings.out / "weights.safetensors"

@@ -74,20 +74,33 @@ def test_counted_cost_is_that_of_all_steps(sampler: str, values: dict[str, objec
         (["--pag-blocks", "input.9"], "allowed: input.1, middle, output.0, output.1"),
         (["--sag-block", "middle, output.0"], "one block"),
         (["--pag-start", "0.8", "--pag-end", "0.2"], "pag_start"),
-        (["--steps", "0"], "'0' is no whole number from 1 on"),
+        (["--steps", "0"], "'0' is no whole number from 1 to 1000"),
         (["--seeds", "5-1"], "0 seeds"),
         (["--seeds", "one"], "'one' are no seeds"),
         (["--cfg", "nan"], "'nan' is no CFG scale"),
         (["--output", "picture.txt"], "'picture.txt' is no picture's name"),
         (["--output", "/no/such/folder/x.png"], "there is no folder"),
+        (["--output", "/"], "can't write to /"),
+        (["--prompt", "ring", "--prompt", "moon", "--seeds", "1"], "2 prompts for 1 seeds"),
+        (["--prompt", "red star and"], "ends in 'and'"),
+        (["--weights", __file__], "holds other weights, or none"),
+        (["gird"], "unknown command 'gird'; known are grid, page"),
+        (["train", "--device", "mps"], "'mps' is no device; use cpu, cuda or cuda:1"),
+        (["train", "--learning-rate", "nan"], "learning_rate: nan can't be used"),
+        (["train", "--out", __file__], "File exists"),
+        (["train-classifier", "--out", "/"], "can't write to /"),
+        (["evaluate", "--groups", "2", "--group-size", "3"], "more than 3 samples must be left"),
+        (["evaluate", "--all", "--sweep", "range"], "not allowed with"),
+        (["evaluate", "--part", "1/2", "--docs", "page.md"], "a part has no results"),
+        (["evaluate", "--classifier", "nothing"], "there are no weights at nothing"),
         (["--weights", "nothing"], "there are no weights"),
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["train", "--steps", "0"], "steps must be at least 1"),
-        (["evaluate", "--group-size", "1"], "at least two groups"),
+        (["train", "--steps", "0"], "steps: 0 can't be used; allowed: a whole number from 1 on"),
+        (["evaluate", "--group-size", "1"], "'1' is no whole number from 2 to 1000"),
         (["evaluate", "--sweep", "magic"], "invalid choice: 'magic'"),
         (["evaluate", "--part", "3/2"], "'3/2' is no part"),
         (["evaluate", "--docs", "/no/such/page.md"], "has no marks"),
-        (["page", "--port", "70000"], "'70000' is no port"),
+        (["page", "--port", "70000"], "'70000' is no whole number from 0 to 65535"),
     ],
 )
 def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,10 +145,10 @@ def points_of_two_steps() -> list[Point]:
 
 def test_evaluation_is_resumed_group_by_group(judge: Evaluation) -> None:
     wanted = points_of_two_steps()
-    assert len(judge.missing(wanted)) == 16
+    assert len(judge.missing(wanted)) == 20
     judge.make(wanted[0], 0)
     judge.make(wanted[0], 1)
-    assert len(judge.missing(wanted)) == 14
+    assert len(judge.missing(wanted)) == 18
     assert sorted(judge.missing(wanted), key=str) == sorted(
         judge.missing(wanted, part=1, parts=2) + judge.missing(wanted, part=2, parts=2), key=str
     )
@@ -149,10 +162,23 @@ def test_evaluation_is_resumed_group_by_group(judge: Evaluation) -> None:
 def test_samples_of_other_weights_are_not_taken(judge: Evaluation, tmp_path: Path) -> None:
     other = redraw_(DemoModel(), seed=1)
     assert isinstance(other, DemoModel)
-    again = Evaluation(other, judge.classifier, out=tmp_path / "samples", size=judge.size)
+    model, classifier_too = (
+        Evaluation(*models, out=tmp_path / "samples", size=judge.size)
+        for models in ((other, judge.classifier), (judge.model, classifier.Classifier()))
+    )
     point = points_of_two_steps()[0]
-    assert judge.path(point, 0) != again.path(point, 0)
-    assert judge.path(point, 0) != judge.path(points_of_two_steps()[1], 0)
+    paths = {evaluation.path(point, 0) for evaluation in (judge, model, classifier_too)}
+    assert len({*paths, judge.path(points_of_two_steps()[1], 0)}) == 4
+
+
+def test_samples_are_shared_by_what_makes_the_same_pictures(judge: Evaluation) -> None:
+    """What is switched off has no part in a recipe's name."""
+    points = points_of_two_steps()
+    none, sag, pag, both = points[:4]
+    scale = next(point for point in sweep_points("sag-scale", steps=2) if point.label == "0.75")
+    assert judge.path(scale, 0) == judge.path(sag, 0) == judge.path(both.alone("sag"), 0)
+    assert judge.path(pag, 0) == judge.path(both.alone("pag"), 0) != judge.path(both, 0)
+    assert judge.path(sag.baseline, 0) == judge.path(none, 0)
 
 
 def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
@@ -160,33 +186,40 @@ def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
     judge.make_all(wanted)
     written = report.write_all(judge, {"default": wanted}, out=tmp_path, plots=report.can_plot())
     assert all(path.is_file() for path in written)
-    with (tmp_path / "results.csv").open() as file:
+    with (tmp_path / "default.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == ["none", "SAG", "PAG", "SAG+PAG"] * 2
-    assert [row["change"] == "" for row in rows] == [True, False, False, False] * 2
-    assert [row["agreement"] == "" for row in rows] == [True] * 4 + [False] * 4
+    assert [row["label"] for row in rows] == ["none", "SAG", "PAG 1", "SAG+PAG 1", "PAG 3"] * 2
+    assert [row["change"] == "" for row in rows] == [True, False, False, False, False] * 2
+    assert all(
+        float(row["change_low"]) < float(row["change"]) < float(row["change_high"]) for row in rows if row["change"]
+    )
+    assert [row["agreement"] == "" for row in rows] == [True] * 5 + [False] * 5
     assert float(rows[1]["gflop_per_picture"]) > 1.9 * float(rows[0]["gflop_per_picture"])
     table = (tmp_path / "default.md").read_text()
-    assert table.count("\n| ") == 9
-    assert "As many real pictures against the same 200 real ones" in table
+    assert table.count("\n| ") == 1 + 10 + 2 + 2
+    assert "As many drawn pictures against the same 200 drawn ones" in table
+    together = [line for line in table.splitlines() if line.startswith("| unconditional | SAG+PAG 1 |")][1]
+    both, pag = float(rows[3]["frechet"]), float(rows[2]["frechet"])
+    assert together.split("|")[4].startswith(f" {100 * (both / pag - 1):+.0f} % (")
 
 
 def test_docs_get_the_tables_between_their_marks(judge: Evaluation, tmp_path: Path) -> None:
     wanted = points_of_two_steps()
     judge.make_all(wanted)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin, end = report.marks("default")
+    page.write_text(f"before\n{begin}\nold\n{end}\nbetween\n{begin.replace('default', 'range')}\nkept\n")
     plots = report.can_plot()
     for _ in range(2):
         report.write_all(judge, {"default": wanted}, out=tmp_path, plots=plots, docs=page)
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n\n## default\n")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"{end}\nbetween\n{begin.replace('default', 'range')}\nkept\n")
     assert "old" not in text
-    assert text.count("| unconditional | PAG |") == 1
+    assert text.count("| unconditional | PAG 1 |") == 1
     assert "8 samples a line, in 2 groups of seeds" in text
     assert ("![default" in text) == plots == (tmp_path / "page" / "default.png").is_file()
-    assert (tmp_path / "page" / "results.csv").read_bytes() == (tmp_path / "results.csv").read_bytes()
+    assert (tmp_path / "page" / "default.csv").read_bytes() == (tmp_path / "default.csv").read_bytes()
 
 
 def test_bfloat16_pictures_are_those_of_float32(judge: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +238,12 @@ def test_bfloat16_pictures_are_those_of_float32(judge: Evaluation, monkeypatch: 
 
 def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
     judge = Evaluation(judge.model, judge.classifier, out=judge.out, size=Size(groups=2, group=100))
-    frechet, precision, recall, two_objects = judge.floor()
+    floor = judge.floor()
     noise = Moments.of(judge.classifier.embed(torch.rand(200, 3, 64, 64)))
-    assert frechet.value < 0.1 * frechet_distance(judge.reference, noise)
-    assert precision.value > 0.5
-    assert recall.value > 0.5
-    assert two_objects.value == pytest.approx(data.TWO_OBJECTS, abs=0.1)
+    assert floor.frechet.value < floor.decoded.value < 0.1 * frechet_distance(judge.reference, noise)
+    assert floor.precision.value > 0.5
+    assert floor.recall.value > 0.5
+    assert floor.two_objects.value == pytest.approx(data.TWO_OBJECTS, abs=0.1)
 
 
 @pytest.mark.parametrize("sweep", points.SWEEPS)

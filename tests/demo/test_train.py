@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sag_pag.demo import classifier
+from sag_pag.demo import classifier, degraded, evaluate
 from sag_pag.demo.captions import parse
 from sag_pag.demo.model import load, read_metadata
 from sag_pag.demo.progress import Progress
-from sag_pag.demo.train import Trainer, TrainSettings, draw_batch, learning_rate, prepared_autoencoder, train
+from sag_pag.demo.train import (
+    HELD_OUT,
+    HELD_OUT_SEED,
+    Trainer,
+    TrainError,
+    TrainSettings,
+    draw_batch,
+    learning_rate,
+    prepared_autoencoder,
+    train,
+)
 
 
 def short(out: Path, *, steps: int = 6) -> TrainSettings:
@@ -54,25 +66,85 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         assert torch.equal(value, other), name
 
 
-def test_curve_is_written_and_goes_on_when_resumed(tmp_path: Path) -> None:
+def test_curve_is_written_and_goes_on_when_a_finished_run_does(tmp_path: Path) -> None:
     train(short(tmp_path))
-    train(short(tmp_path, steps=9))
+    weights = train(short(tmp_path, steps=9))
+    assert json.loads(read_metadata(weights)["training"])["finished"] == [6]
     with (tmp_path / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["3", "6", "9"]
     assert all(0.5 < float(row["held_out_loss"]) < 1.5 for row in rows)
 
 
+def taken(settings: TrainSettings, steps: int) -> Trainer:
+    """A run that was stopped after so many steps."""
+    trainer = Trainer(settings, prepared_autoencoder(settings))
+    for _ in range(steps):
+        trainer.advance()
+    trainer.save()
+    return trainer
+
+
+def test_how_long_to_train_may_change_until_the_learning_rate_falls(tmp_path: Path) -> None:
+    taken(short(tmp_path, steps=10), 7)
+    early = Trainer(short(tmp_path, steps=20), load().first_stage_model)
+    assert early.resume()
+    assert early.finished == []
+    taken(short(tmp_path, steps=10), 9)
+    for steps, message in ((20, "nears its end at 10"), (8, "has taken 9 already")):
+        with pytest.raises(TrainError, match=message):
+            train(short(tmp_path, steps=steps))
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    prepared_autoencoder(short(tmp_path))
+    with pytest.raises(TrainError, match="begun with autoencoder_steps 2, not 3"):
+        train(replace(short(tmp_path), autoencoder_steps=3))
+    before = train(short(tmp_path)).read_bytes()
+    with pytest.raises(TrainError, match="begun with batch 4, not 5; seed 0, not 1: use these or another --out"):
+        train(replace(short(tmp_path, steps=9), batch=5, seed=1))
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+
+
 def test_shipped_weights_have_the_held_out_loss_that_they_state(tmp_path: Path) -> None:
-    trainer = Trainer(replace(short(tmp_path), held_out=64), load().first_stage_model)
-    assert trainer.held_out_loss() == pytest.approx(1, abs=0.1)
+    trainer = Trainer(replace(short(tmp_path), held_out=HELD_OUT), load().first_stage_model)
     trainer.average = load()
-    assert trainer.held_out_loss() == pytest.approx(float(read_metadata()["held_out_loss"]), rel=0.2)
+    assert trainer.held_out_loss() == pytest.approx(float(read_metadata()["held_out_loss"]), rel=0.005)
 
 
-def test_bad_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        TrainSettings(out=Path(), steps=0)
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("steps", 0, "from 1 on"),
+        ("autoencoder_steps", -5, "from 1 on"),
+        ("learning_rate", math.nan, "above 0"),
+        ("learning_rate", -1.0, "above 0"),
+        ("seed", HELD_OUT_SEED, "from 0 to 999999"),
+    ],
+)
+def test_bad_numbers_are_refused(name: str, value: float, allowed: str) -> None:
+    with pytest.raises(TrainError, match=rf"{name}: {value} can't be used; allowed: a (whole )?number {allowed}"):
+        TrainSettings(out=Path(), **{name: value})
+
+
+def test_random_numbers_of_different_uses_do_not_meet() -> None:
+    """torch's generator takes a seed's lower 32 bits."""
+    starts = {
+        "training": (0, TrainSettings(out=Path()).steps),
+        "autoencoder": (7 * 10**9, 3000),
+        "classifier": (10**9, 2000),
+        "held out": (HELD_OUT_SEED * 10**9, HELD_OUT),
+        "held out of the classifier": (classifier.HELD_OUT_SEED * 10**9, 1),
+        "reference": (evaluate.REFERENCE_SEED * 10**9, evaluate.REFERENCE),
+        "drawn": (evaluate.REAL_SEED * 10**9, evaluate.REFERENCE),
+        "captions": (evaluate.CAPTION_SEED * 10**9, 1000),
+        "noise": (evaluate.NOISE_SEED * 10**9, evaluate.REFERENCE),
+        "degraded": (degraded.SEED, 1),
+    }
+    used: dict[int, str] = {}
+    for use, (first, count) in starts.items():
+        for seed in range(first, first + count):
+            assert used.setdefault(seed % 2**32, use) == use
 
 
 def test_shipped_classifier_reads_the_pictures() -> None:

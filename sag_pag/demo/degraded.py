@@ -1,0 +1,71 @@
+"""What guidance leads away from: ``python -m sag_pag.demo.degraded`` draws it for the docs.
+
+A drawn picture gets noise and the model predicts the picture: as it is, with PAG's identity attention, and from SAG's
+blurred input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sag_pag.demo import data
+from sag_pag.demo.grid import labelled_rows
+from sag_pag.demo.layers import fused_attention
+from sag_pag.demo.model import DemoModel, load
+from sag_pag.demo.sampling import GuidedDenoiser, Recipe, noise_levels
+from sag_pag.settings import Settings
+
+PICTURE = Path(__file__).parents[2] / "docs" / "demo-evaluation" / "degraded.png"
+SEED = 6 * 10**6
+
+
+@torch.no_grad()
+def degraded(model: DemoModel, *, sigma: float, count: int) -> dict[str, Tensor]:
+    """Drawn pictures ``(count, 3, 64, 64)``, what is predicted of them at noise level ``sigma`` without a caption, and
+    the degraded predictions that the engine makes.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = data.render(data.draw_scenes(count, generator))
+    latent = model.first_stage_model.encode(drawn)
+    x = latent + sigma * torch.randn(latent.shape, generator=generator)
+    empty = model.context([""] * count)
+    predictions: list[Tensor] = []
+
+    def recorded(x: Tensor, sigma: Tensor, *, cond: Tensor) -> Tensor:
+        predictions.append(model.denoise(x, sigma, cond=cond))
+        return predictions[-1]
+
+    def last_rows(settings: Settings) -> Tensor:
+        """PAG's perturbed rows ride behind the host's, SAG makes a call of its own after the host's."""
+        denoise = GuidedDenoiser(model, Recipe(settings=settings), context=empty, empty=empty)
+        denoise.denoise = recorded
+        denoise(x, sigma)
+        return predictions[-1][-count:]
+
+    with fused_attention():
+        by_pag = last_rows(Settings(pag_enabled=True))
+        by_sag = last_rows(Settings(sag_enabled=True))
+    latents = {"predicted": predictions[0][:count], "degraded by PAG": by_pag, "degraded by SAG": by_sag}
+    return {"drawn": drawn} | {name: model.first_stage_model.decode(value) for name, value in latents.items()}
+
+
+def draw_degraded(model: DemoModel, *, begin: float = 0.25, count: int = 8) -> Image.Image:
+    """The picture: a row of each kind."""
+    return labelled_rows(degraded(model, sigma=noise_levels(20, begin)[0], count=count))
+
+
+def main() -> None:
+    """Draws the docs' picture anew."""
+    argparse.ArgumentParser(prog="python -m sag_pag.demo.degraded", description=main.__doc__).parse_args()
+    draw_degraded(load()).save(PICTURE)
+    sys.stdout.write(f"{PICTURE}\n")
+
+
+if __name__ == "__main__":
+    main()
