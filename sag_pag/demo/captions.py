@@ -18,8 +18,10 @@ SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "moon"
 SLOTS = (SIZES, COLOURS, SHAPES, SIZES, COLOURS, SHAPES, COLOURS)
 """What each of the seven slots may hold: left object, right object, background."""
 
-SHAPE_SLOTS = tuple(index for index, slot in enumerate(SLOTS) if slot is SHAPES)
-"""Where the left and the right object's shapes stand."""
+SIZE_SLOTS, SHAPE_SLOTS = (
+    tuple(index for index, slot in enumerate(SLOTS) if slot is words) for words in (SIZES, SHAPES)
+)
+"""Where the left and the right object's sizes and shapes stand."""
 
 VOCABULARY = ("", *SIZES, *COLOURS, *SHAPES)
 WORD_IDS = {word: index for index, word in enumerate(VOCABULARY)}

@@ -231,6 +231,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     measured.add_argument("--all", action="store_true", help="the default set and every sweep")
     parser.add_argument("--mode", action="append", choices=points.MODES, help="sweeps in this mode only; repeatable")
     parser.add_argument("--groups", type=_whole(2, 1000), default=10, help="groups of seeds (default: 10)")
+    parser.add_argument("--first-group", type=_whole(0, 1000), default=0, help="others are other seeds (default: 0)")
     parser.add_argument("--group-size", type=_whole(2, 1000), default=100, help="samples a group (default: 100)")
     parser.add_argument("--steps", type=_steps, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
@@ -250,7 +251,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         parser.error("a part has no results: say --docs without --part, when all parts are done")
     names = (points.DEFAULT, *points.SWEEPS) if options.all else options.sweep or (points.DEFAULT,)
     try:
-        size = evaluate.Size(groups=options.groups, group=options.group_size)
+        size = evaluate.Size(groups=options.groups, group=options.group_size, first=options.first_group)
         for name in names if options.docs else ():
             around(options.docs, *report.marks(name))
     except ValueError as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.demo import data, metrics
-from sag_pag.demo.captions import SHAPE_SLOTS, describe
+from sag_pag.demo.captions import SHAPE_SLOTS, SIZE_SLOTS, describe
 from sag_pag.demo.classifier import Classifier, agreement
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.metrics import Change, Estimate, Moments
@@ -40,11 +40,15 @@ REFERENCE = 20_000
 
 @dataclass(frozen=True)
 class Size:
-    """How many samples a point gets: ``groups`` of ``group`` each, made ``batch`` at a time."""
+    """How many samples a point gets: ``groups`` of ``group`` each, made ``batch`` at a time.
+
+    ``first`` is the first group's number; other numbers are other seeds.
+    """
 
     groups: int = 10
     group: int = 100
     batch: int = 20
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.groups < 2 or self.group < 2 or self.batch < 1:
@@ -58,12 +62,19 @@ class Size:
     def total(self) -> int:
         return self.groups * self.group
 
+    @property
+    def numbers(self) -> range:
+        """The groups' numbers."""
+        return range(self.first, self.first + self.groups)
+
 
 @dataclass(frozen=True)
 class Result:
     """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds.
 
-    ``two_objects`` is the share of pictures in which the classifier sees two objects.
+    ``sizes_off`` and ``shapes_off`` say how far the sizes and shapes that the classifier sees (of the left object) are
+    from being as frequent as among drawn pictures: the share that would have to be others. ``two_objects`` is the share
+    of pictures in which it sees two objects.
     """
 
     point: Point
@@ -73,6 +84,8 @@ class Result:
     precision: Estimate
     recall: Estimate
     agreement: Estimate
+    sizes_off: Estimate
+    shapes_off: Estimate
     two_objects: Estimate
     gigaflops: float
 
@@ -88,6 +101,8 @@ class Floor:
     decoded: Estimate
     precision: Estimate
     recall: Estimate
+    sizes_off: Estimate
+    shapes_off: Estimate
     two_objects: Estimate
 
 
@@ -164,7 +179,7 @@ class Evaluation:
 
     def missing(self, points: Sequence[Point], *, part: int = 1, parts: int = 1) -> list[tuple[Point, int]]:
         """Points and groups still to be made, each once: several sweeps share points."""
-        wanted = {self.path(point, group): (point, group) for group in range(self.size.groups) for point in points}
+        wanted = {self.path(point, group): (point, group) for group in self.size.numbers for point in points}
         shares = list(wanted.items())[part - 1 :: parts]
         return [todo for path, todo in shares if not path.exists()]
 
@@ -205,12 +220,12 @@ class Evaluation:
 
     def made(self, point: Point) -> bool:
         """Whether all groups of the point have been made."""
-        return all(self.path(point, group).exists() for group in range(self.size.groups))
+        return all(self.path(point, group).exists() for group in self.size.numbers)
 
     def moments(self, point: Point) -> list[Moments]:
         """Of the features of each group."""
         return [
-            Moments.of(load_file(self.path(point, group))["features"]) for group in range(self.size.groups)
+            Moments.of(load_file(self.path(point, group))["features"]) for group in self.size.numbers
         ]
 
     def change(self, point: Point, *, since: Point) -> Change:
@@ -219,7 +234,7 @@ class Evaluation:
 
     def result(self, point: Point) -> Result:
         """The numbers of one point, all of whose groups (and its baseline's) have been made."""
-        loaded = [load_file(self.path(point, group)) for group in range(self.size.groups)]
+        loaded = [load_file(self.path(point, group)) for group in self.size.numbers]
         compared = self.key(point) != self.key(point.baseline) and self.made(point.baseline)
         precision, recall = self._coverage([part["features"] for part in loaded])
         key = self.key(point)
@@ -235,14 +250,28 @@ class Evaluation:
             agreement=metrics.mean_estimate([part["agreement"] for part in loaded])
             if point.captioned
             else Estimate(math.nan, math.nan),
-            two_objects=self.two_objects([part["features"] for part in loaded]),
+            **self.seen([part["features"] for part in loaded]),
             gigaflops=self.costs[key],
         )
 
-    def two_objects(self, groups: Sequence[Tensor]) -> Estimate:
-        """The share of pictures in which the classifier sees a second shape."""
-        _, second = SHAPE_SLOTS
-        return metrics.mean_estimate([self.classifier.answers(group)[second].argmax(dim=1) > 0 for group in groups])
+    def _frequencies(self, features: Tensor, slot: int) -> Tensor:
+        """How often the classifier gives each answer to a slot's question."""
+        logits = self.classifier.answers(features)[slot]
+        return torch.bincount(logits.argmax(dim=1), minlength=logits.shape[1]).double() / len(features)
+
+    def seen(self, groups: Sequence[Tensor]) -> dict[str, Estimate]:
+        """What the classifier says of the samples, by the names of :class:`Result`."""
+
+        def off(slot: int) -> Estimate:
+            wanted = self._frequencies(self.drawn, slot)
+            found = torch.stack([self._frequencies(group, slot) for group in groups])
+            return metrics.jackknife(
+                len(groups), lambda kept: (found[list(kept)].mean(dim=0) - wanted).abs().sum().item() / 2
+            )
+
+        (size, _), (shape, second) = SIZE_SLOTS, SHAPE_SLOTS
+        two = [self.classifier.answers(group)[second].argmax(dim=1) > 0 for group in groups]
+        return {"sizes_off": off(size), "shapes_off": off(shape), "two_objects": metrics.mean_estimate(two)}
 
     def _coverage(self, groups: Sequence[Tensor]) -> tuple[Estimate, Estimate]:
         """Precision over the groups of samples; recall once more without each group."""
@@ -268,4 +297,4 @@ class Evaluation:
             metrics.frechet_estimate(self.reference, [Moments.of(group) for group in features])
             for features in (groups, decoded_groups)
         )
-        return Floor(frechet, of_decoded, precision, recall, self.two_objects(groups))
+        return Floor(frechet, of_decoded, precision, recall, **self.seen(groups))

@@ -52,7 +52,7 @@ class Point:
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
-PAG_SCALE = 1.0
+PAG_SCALE = 0.5
 OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
 """What suits this model better than the extension's defaults (docs/demo-evaluation.md); the grid uses it too."""
 
@@ -102,7 +102,15 @@ _RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.75), (0.25, 1.0), (0.5
 _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Where the model goes on from drawn pictures under noise, unguided: from which noise level on is it right?"""
 
-SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin")
+_CHOSEN: dict[str, dict[str, object]] = {
+    "PAG 0.5": {"pag_scale": 0.5},
+    "PAG 1, 0 to 0.25": {"pag_scale": 1.0, "pag_end": 0.25},
+    "SAG, 0.25 to 1": {"sag_start": 0.25},
+    "SAG+PAG 0.5, SAG 0.25 to 1": {"pag_scale": 0.5, "sag_start": 0.25},
+}
+"""The best of the other sweeps, to be measured on seeds that they were not chosen on."""
+
+SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", "chosen")
 
 
 def sweep_points(sweep: str, *, modes: Sequence[Mode] = SWEPT_MODES, steps: int = 20) -> list[Point]:
@@ -135,13 +143,8 @@ def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | Non
         return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
         return [
-            (
-                f"{feature.upper()} {start:g} to {end:g}",
-                {f"{feature}_start": start, f"{feature}_end": end},
-                1,
-                None,
-            )
-            for feature in ("pag", "sag")
+            (f"{label}, {start:g} to {end:g}", {**values, f"{feature}_start": start, f"{feature}_end": end}, 1, None)
+            for label, feature, values in (("PAG 1", "pag", {"pag_scale": 1.0}), ("SAG", "sag", {}))
             for start, end in _RANGES
         ]
     if sweep == "cost":
@@ -155,4 +158,6 @@ def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | Non
                 limits |= {f"{feature}_end": end for feature in features}
                 variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, 1, None))
         return variants
+    if sweep == "chosen":
+        return [(label, values, 1, None) for label, values in _CHOSEN.items()]
     raise ValueError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")

@@ -16,8 +16,8 @@ from sag_pag.demo.points import Point
 COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",
     "frechet", "frechet_margin", "change", "change_low", "change_high", "precision", "precision_margin",
-    "recall", "recall_margin", "agreement", "agreement_margin", "two_objects", "two_objects_margin",
-    "gflop_per_picture",
+    "recall", "recall_margin", "agreement", "agreement_margin", "sizes_off", "sizes_off_margin",
+    "shapes_off", "shapes_off_margin", "two_objects", "two_objects_margin", "gflop_per_picture",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def csv_row(result: Result) -> dict[str, object]:
     }
     for name in ("change", "change_low", "change_high"):
         row[name] = f"{getattr(result.change, name.partition('_')[2] or 'value'):.4f}" if result.change else ""
-    for name in ("frechet", "precision", "recall", "agreement", "two_objects"):
+    for name in ("frechet", "precision", "recall", "agreement", "sizes_off", "shapes_off", "two_objects"):
         estimate: Estimate = getattr(result, name)
         known = estimate.value == estimate.value
         row[name] = f"{estimate.value:.4f}" if known else ""
@@ -66,8 +66,8 @@ def _changed(change: Change | None) -> str:
 def markdown_table(results: Sequence[Result]) -> str:
     """The results as a table for the docs, one row a point."""
     head = (
-        "mode", "guidance", "Fréchet distance", "change", "precision", "recall", "caption seen", "two objects",
-        "GFLOP",
+        "mode", "guidance", "Fréchet distance", "change", "precision", "recall", "caption seen", "sizes off",
+        "shapes off", "two objects", "GFLOP",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for result in results:
@@ -79,6 +79,8 @@ def markdown_table(results: Sequence[Result]) -> str:
             _share(result.precision),
             _share(result.recall),
             _share(result.agreement),
+            _share(result.sizes_off),
+            _share(result.shapes_off),
             _share(result.two_objects),
             f"{result.gigaflops:.1f}",
         )
@@ -102,12 +104,13 @@ def combined_table(judge: Evaluation, results: Sequence[Result]) -> str:
 
 def footnote(judge: Evaluation, floor: Floor) -> str:
     """How the numbers of a table were made, and what drawn pictures get."""
-    size = judge.size
+    size, precision = judge.size, "bfloat16" if judge.bf16 else "float32"
     return (
-        f"{size.total} samples a line, in {size.groups} groups of seeds; intervals of 95 %; computed in "
-        f"{'bfloat16' if judge.bf16 else 'float32'}. As many drawn pictures against the same {len(judge.drawn)} drawn "
-        f"ones: Fréchet distance {floor.frechet}, and {floor.decoded} after the autoencoder, which is what a perfect "
-        f"U-Net would get; precision {_share(floor.precision)}, recall {_share(floor.recall)}, two objects in "
+        f"{size.total} samples a line, in {size.groups} groups of seeds, {size.first} to {size.numbers[-1]}; "
+        f"intervals of 95 %; computed in {precision}. As many drawn pictures against the same {len(judge.drawn)} "
+        f"drawn ones: Fréchet distance {floor.frechet}, and {floor.decoded} after the autoencoder, which is what a "
+        f"perfect U-Net would get; precision {_share(floor.precision)}, recall {_share(floor.recall)}, sizes off "
+        f"{_share(floor.sizes_off)}, shapes off {_share(floor.shapes_off)}, two objects in "
         f"{_share(floor.two_objects)}.\n"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.demo import classifier, cli, data, evaluate, grid, points, report
+from sag_pag.demo.captions import SHAPES
 from sag_pag.demo.evaluate import Evaluation, Size
 from sag_pag.demo.metrics import Moments, frechet_distance
 from sag_pag.demo.model import DemoModel, load
@@ -171,6 +173,17 @@ def test_samples_of_other_weights_are_not_taken(judge: Evaluation, tmp_path: Pat
     assert len({*paths, judge.path(points_of_two_steps()[1], 0)}) == 4
 
 
+def test_other_groups_are_other_seeds(judge: Evaluation) -> None:
+    later = Evaluation(judge.model, judge.classifier, out=judge.out, size=replace(judge.size, first=1))
+    point = points_of_two_steps()[0]
+    judge.make_all([point])
+    assert [group for _, group in later.missing([point])] == [2]
+    later.make_all([point])
+    first, second = (load_file(judge.path(point, group))["features"] for group in (1, 2))
+    assert not torch.equal(first, second)
+    assert later.result(point).frechet != judge.result(point).frechet
+
+
 def test_samples_are_shared_by_what_makes_the_same_pictures(judge: Evaluation) -> None:
     """What is switched off has no part in a recipe's name."""
     points = points_of_two_steps()
@@ -188,7 +201,7 @@ def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
     assert all(path.is_file() for path in written)
     with (tmp_path / "default.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == ["none", "SAG", "PAG 1", "SAG+PAG 1", "PAG 3"] * 2
+    assert [row["label"] for row in rows] == ["none", "SAG", "PAG 0.5", "SAG+PAG 0.5", "PAG 3"] * 2
     assert [row["change"] == "" for row in rows] == [True, False, False, False, False] * 2
     assert all(
         float(row["change_low"]) < float(row["change"]) < float(row["change_high"]) for row in rows if row["change"]
@@ -198,7 +211,7 @@ def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
     table = (tmp_path / "default.md").read_text()
     assert table.count("\n| ") == 1 + 10 + 2 + 2
     assert "As many drawn pictures against the same 200 drawn ones" in table
-    together = [line for line in table.splitlines() if line.startswith("| unconditional | SAG+PAG 1 |")][1]
+    together = [line for line in table.splitlines() if line.startswith("| unconditional | SAG+PAG 0.5 |")][1]
     both, pag = float(rows[3]["frechet"]), float(rows[2]["frechet"])
     assert together.split("|")[4].startswith(f" {100 * (both / pag - 1):+.0f} % (")
 
@@ -216,8 +229,8 @@ def test_docs_get_the_tables_between_their_marks(judge: Evaluation, tmp_path: Pa
     assert text.startswith(f"before\n{begin}\n")
     assert text.endswith(f"{end}\nbetween\n{begin.replace('default', 'range')}\nkept\n")
     assert "old" not in text
-    assert text.count("| unconditional | PAG 1 |") == 1
-    assert "8 samples a line, in 2 groups of seeds" in text
+    assert text.count("| unconditional | PAG 0.5 |") == 1
+    assert "8 samples a line, in 2 groups of seeds, 0 to 1" in text
     assert ("![default" in text) == plots == (tmp_path / "page" / "default.png").is_file()
     assert (tmp_path / "page" / "default.csv").read_bytes() == (tmp_path / "default.csv").read_bytes()
 
@@ -244,6 +257,23 @@ def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
     assert floor.precision.value > 0.5
     assert floor.recall.value > 0.5
     assert floor.two_objects.value == pytest.approx(data.TWO_OBJECTS, abs=0.1)
+    assert floor.sizes_off.value < 0.1
+    assert floor.shapes_off.value < 0.2
+
+
+def test_what_is_off_about_pictures_that_are_all_alike_in_one_respect(judge: Evaluation) -> None:
+    scenes = data.draw_scenes(200, torch.Generator().manual_seed(1))
+    big = data.draw_scenes(200, torch.Generator().manual_seed(2))
+    big.size[:], big.radius[:] = 2, torch.where(big.two, 0.2, 0.35)[:, None]
+    stars = replace(scenes, shape=torch.full_like(scenes.shape, SHAPES.index("star")))
+    found = {}
+    for name, pictures in (("drawn", scenes), ("big", big), ("stars", stars)):
+        features = judge.classifier.embed(data.render(pictures))
+        found[name] = judge.seen(torch.split(features, 100))
+    assert found["big"]["sizes_off"].value == pytest.approx(2 / 3, abs=0.1)
+    assert found["stars"]["shapes_off"].value == pytest.approx(7 / 8, abs=0.1)
+    for name, which in (("drawn", "sizes_off"), ("drawn", "shapes_off"), ("big", "shapes_off"), ("stars", "sizes_off")):
+        assert found[name][which].value < 0.2
 
 
 @pytest.mark.parametrize("sweep", points.SWEEPS)
