@@ -168,21 +168,19 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
     pyplot = importlib.import_module("matplotlib.pyplot")
     modes = list(dict.fromkeys(result.point.mode for result in results))
     by_cost = results[0].point.sweep == "cost"
-    width, height = (7.5, 5.5) if by_cost else (5.2, 3.8)
-    figure, panels = pyplot.subplots(1, len(modes), figsize=(width * len(modes), height), squeeze=False)
+    width, height = (7.5, 5.5) if by_cost else (5.6, 4.0)
+    figure, panels = pyplot.subplots(
+        1, len(modes), figsize=(width * len(modes), height), squeeze=False, sharey=not by_cost, layout="constrained"
+    )
     for mode, axes in zip(modes, panels[0], strict=True):
         chosen = [result for result in results if result.point.mode == mode]
         axes.set_title(mode)
         if by_cost:
             _plot_costs(axes, chosen)
-            continue
-        _plot_panel(axes, chosen)
-        axes.axhline(floor, color="grey", linestyle=":", label="drawn pictures, through the autoencoder")
-        axes.set_ylabel("Fréchet distance")
-        axes.set_ylim(bottom=0)
-    panels[0][0].legend()
-    figure.suptitle(results[0].point.sweep)
-    figure.tight_layout()
+        else:
+            _plot_distances(axes, chosen, floor=floor)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -206,14 +204,22 @@ def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
     axes.set_ylabel("change of the Fréchet distance, %")
 
 
-def _plot_panel(axes: Any, results: Sequence[Result]) -> None:
+def _plot_distances(axes: Any, results: Sequence[Result], *, floor: float) -> None:
+    """Over the sweep's value, or a bar for each way of guiding; lines for no guidance and for the best that can be."""
     unguided, guided = results[0].frechet.value, results[1:]
-    axes.axhline(unguided, color="C1", linestyle="--", label="no guidance")
     values = [result.frechet.value for result in guided]
     margins = [result.frechet.margin for result in guided]
-    if all(result.point.x is not None for result in guided):
+    over_values = all(result.point.x is not None for result in guided)
+    if over_values:
         axes.errorbar([result.point.x for result in guided], values, yerr=margins, fmt="o-", capsize=3)
         axes.set_xlabel(results[0].point.sweep)
+        axes.set_ylabel("Fréchet distance")
+        axes.set_ylim(bottom=0)
     else:
-        axes.bar(range(len(guided)), values, yerr=margins, capsize=3)
-        axes.set_xticks(range(len(guided)), [result.point.label for result in guided], rotation=60, ha="right")
+        axes.barh(range(len(guided)), values, xerr=margins, capsize=3)
+        axes.set_yticks(range(len(guided)), [result.point.label for result in guided])
+        axes.set_ylim(len(guided) - 0.5, -0.5)
+        axes.set_xlabel("Fréchet distance")
+    line = axes.axhline if over_values else axes.axvline
+    line(unguided, color="C1", linestyle="--", label="no guidance")
+    line(floor, color="grey", linestyle=":", label="drawn pictures, through the autoencoder")
