@@ -39,15 +39,14 @@ class CaptionError(ValueError):
 def parse(caption: str) -> list[int]:
     """The seven word ids of a caption, 0 where a slot is empty. Raises :class:`CaptionError`."""
     ids = [0] * len(SLOTS)
-    (slot, end), opened = _SECTIONS[""], ""
-    for word in caption.lower().replace(",", " ").split():
-        if word in _ARTICLES:
-            continue
+    slot, end = _SECTIONS[""]
+    words = [word for word in caption.lower().replace(",", " ").split() if word not in _ARTICLES]
+    for word in words:
         if word in _SECTIONS:
             start, stop = _SECTIONS[word]
             if stop <= end or (word == "and" and not any(ids)):
                 raise CaptionError(f"{word!r} is out of place in {caption!r}")
-            slot, end, opened = start, stop, word
+            slot, end = start, stop
             continue
         if word not in WORD_IDS:
             raise CaptionError(f"unknown word {word!r}; known are {', '.join((*VOCABULARY[1:], 'and', 'on'))}")
@@ -55,9 +54,9 @@ def parse(caption: str) -> list[int]:
         if not fitting:
             raise CaptionError(f"{word!r} is out of place in {caption!r}; write it like 'small red star on green'")
         ids[fitting[0]] = WORD_IDS[word]
-        slot, opened = fitting[0] + 1, ""
-    if opened:
-        raise CaptionError(f"{caption!r} ends in {opened!r}")
+        slot = fitting[0] + 1
+    if words and words[-1] in _SECTIONS:
+        raise CaptionError(f"{caption!r} ends in {words[-1]!r}")
     return ids
 
 

@@ -224,9 +224,7 @@ class Evaluation:
 
     def moments(self, point: Point) -> list[Moments]:
         """Of the features of each group."""
-        return [
-            Moments.of(load_file(self.path(point, group))["features"]) for group in self.size.numbers
-        ]
+        return [Moments.of(load_file(self.path(point, group))["features"]) for group in self.size.numbers]
 
     def change(self, point: Point, *, since: Point) -> Change:
         """The Fréchet distance relative to another point's, both made."""

@@ -82,6 +82,7 @@ def default_points(steps: int = 20) -> list[Point]:
 def _switched_on(*features: Feature) -> dict[str, object]:
     return {f"{feature}_enabled": True for feature in features}
 
+
 _SCALARS: dict[str, tuple[str, tuple[float, ...]]] = {
     "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)),
     "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def csv_row(result: Result) -> dict[str, object]:
         "samples": result.samples,
         "gflop_per_picture": f"{result.gigaflops:.2f}",
     }
-    for name in ("change", "change_low", "change_high"):
-        row[name] = f"{getattr(result.change, name.partition('_')[2] or 'value'):.4f}" if result.change else ""
+    if result.change is not None:
+        for name, value in asdict(result.change).items():
+            row["change" if name == "value" else f"change_{name}"] = f"{value:.4f}"
     for name in ("frechet", "precision", "recall", "agreement", "sizes_off", "shapes_off", "two_objects"):
         estimate: Estimate = getattr(result, name)
         known = estimate.value == estimate.value
