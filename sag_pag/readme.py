@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from sag_pag.pages import write_part
 from sag_pag.settings import PARAMETERS
 
 BEGIN, END = "<!-- parameters -->", "<!-- end of parameters -->"
@@ -24,10 +24,7 @@ def parameter_table() -> str:
 
 def main() -> None:
     """Replaces the table between the two marks in README.md."""
-    path = Path(__file__).parents[1] / "README.md"
-    text = path.read_text(encoding="utf-8")
-    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    path.write_text(pattern.sub(lambda _: f"{BEGIN}\n{parameter_table()}\n{END}", text), encoding="utf-8")
+    write_part(Path(__file__).parents[1] / "README.md", BEGIN, END, parameter_table())
 
 
 if __name__ == "__main__":

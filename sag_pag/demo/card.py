@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sag_pag.demo.model import WEIGHTS, load, read_metadata
-from sag_pag.demo.pages import write_part
+from sag_pag.pages import write_part
 
 CARD = Path(__file__).parents[2] / "docs" / "demo-model-card.md"
 BEGIN, END = "<!-- weights -->", "<!-- end of weights -->"

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from sag_pag.demo import classifier, evaluate, grid, points, report, train
 from sag_pag.demo.captions import parse
 from sag_pag.demo.model import WEIGHTS, load
-from sag_pag.demo.pages import around
 from sag_pag.demo.points import OWN_DEFAULTS
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.demo.schedule import TIMESTEPS
+from sag_pag.pages import around
 from sag_pag.settings import PARAMETERS, Settings
 
 FEW_THREADS = 1

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.demo import data, metrics
 from sag_pag.demo.captions import SHAPE_SLOTS, SIZE_SLOTS, describe
 from sag_pag.demo.classifier import Classifier, agreement
+from sag_pag.demo.files import written_whole
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.metrics import Change, Estimate, Moments
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.points import Point
 from sag_pag.demo.progress import Progress
-from sag_pag.demo.sampling import noise_of, sample
+from sag_pag.demo.sampling import count_gigaflops, sample
 
 REFERENCE_SEED = 3 * 10**6
 REAL_SEED = 4 * 10**6
@@ -132,15 +132,6 @@ def group_scenes(group: int, size: int) -> data.Scenes:
     return data.draw_scenes(size, torch.Generator().manual_seed(CAPTION_SEED * 10**9 + group))
 
 
-def count_gigaflops(model: DemoModel, point: Point) -> float:
-    """Floating-point operations of one picture, counted."""
-    captions = ["red star on green" if point.captioned else ""]
-    drawn = noise_of([0], size=data.SIZE) if point.recipe.begin else None
-    with FlopCounterMode(display=False) as counter:
-        sample(model, captions, seeds=[0], recipe=point.recipe, drawn=drawn)
-    return float(counter.get_total_flops()) / 1e9
-
-
 class Evaluation:
     """Makes what is missing of the samples' features, and turns features into results."""
 
@@ -204,11 +195,9 @@ class Evaluation:
             pictures = self.model.first_stage_model.decode(latent)
             features.append(self.classifier.embed(pictures))
             agreements.append(agreement(self.classifier.answers(features[-1]), ids[rows.start : rows.stop]))
-        path = self.path(point, group)
-        partial = path.with_suffix(".partial")
         tensors = {"features": torch.cat(features), "agreement": torch.cat(agreements)}
-        save_file(tensors, partial, metadata={"label": point.label, "mode": point.mode})
-        partial.replace(path)
+        with written_whole(self.path(point, group)) as partial:
+            save_file(tensors, partial, metadata={"label": point.label, "mode": point.mode})
 
     def make_all(self, points: Sequence[Point], *, part: int = 1, parts: int = 1) -> None:
         """Make whatever is missing of the points; of several processes the ``part``-th takes its share."""
@@ -237,7 +226,8 @@ class Evaluation:
         precision, recall = self._coverage([part["features"] for part in loaded])
         key = self.key(point)
         if key not in self.costs:
-            self.costs[key] = count_gigaflops(self.model, point)
+            caption = "red star on green" if point.captioned else ""
+            self.costs[key] = count_gigaflops(self.model, caption, recipe=point.recipe)
         return Result(
             point=point,
             samples=self.size.total,

@@ -9,12 +9,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.blocks import Topology
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel
-from sag_pag.demo.sampling import Recipe, sample
+from sag_pag.demo.sampling import Recipe, count_gigaflops, sample
 from sag_pag.session import check_blocks
 from sag_pag.settings import Settings
 
@@ -67,11 +66,11 @@ def make_rows(
     for scale in (1.0, cfg) if cfg != 1 else (1.0,):
         for label, switches in VARIANTS:
             recipe = Recipe(settings.with_values(switches), cfg=scale, steps=steps, sampler=sampler)
+            cost = gigaflops_a_step(model, captions[0], recipe=recipe, size=size)  # and torch has warmed up
             began = time.perf_counter()
             with fused_attention():
                 latent = sample(model, captions, seeds=seeds, recipe=recipe, size=size, on_step=on_step)
             seconds = (time.perf_counter() - began) / steps
-            cost = gigaflops_a_step(model, captions[0], recipe=recipe, size=size)
             rows.append(Row(label, scale, model.first_stage_model.decode(latent), seconds, cost))
     return rows
 
@@ -85,9 +84,7 @@ def gigaflops_a_step(model: DemoModel, caption: str, *, recipe: Recipe, size: in
     everywhere = settings.sag_start == settings.pag_start == 0 and settings.sag_end == settings.pag_end == 1
     if everywhere and recipe.sampler != "heun":
         recipe = replace(recipe, steps=1)
-    with FlopCounterMode(display=False) as counter:
-        sample(model, [caption], seeds=[0], recipe=recipe, size=size)
-    return float(counter.get_total_flops()) / 1e9 / recipe.steps
+    return count_gigaflops(model, caption, recipe=recipe, size=size) / recipe.steps
 
 
 def to_image(picture: Tensor, zoom: int) -> Image.Image:

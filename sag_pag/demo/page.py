@@ -30,8 +30,9 @@ from sag_pag.demo.autoencoder import FACTOR
 from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
 from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
 from sag_pag.demo.model import DemoModel
+from sag_pag.demo.points import OWN_DEFAULTS
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
-from sag_pag.settings import Settings
+from sag_pag.settings import PARAMETERS, Settings
 from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.texts import PANEL as TITLE
 
@@ -48,7 +49,7 @@ _ELSEWHERE = re.compile(r'<(?:link|meta|script)\b[^>]*"https?://[^>]*>(?:\s*</sc
 _ABOUT = f"""# {TITLE}
 A model of one million parameters that knows drawn shapes, guided by the engine that the WebUI runs. Write a caption,
 tick PAG or SAG in the panel, generate: the same seeds are made without and with guidance. (The panel is the
-WebUI's own; "Show what SAG sees" does nothing here. A PAG scale of about 1 suits this model.)
+WebUI's own, but begins with the PAG scale that suits this model; "Show what SAG sees" does nothing here.)
 
 Captions read like `big red star on green` or `yellow moon and small white ring on black`. Words:
 {", ".join((*SIZES, *COLOURS, *SHAPES))}; `and` before a second object, `on` before the background.
@@ -79,6 +80,7 @@ def build_page(model: DemoModel) -> gr.Blocks:
                 generate = gr.Button("Generate", variant="primary", elem_id="demo_generate")
                 panel = Panel(elem_id, switch=None, model=lambda: Topology(model.unet))
                 side = gr.Number(8 * data.SIZE // FACTOR, visible=False)  # the panel reckons 8 pixels a latent pixel
+                _suit(panel)
                 panel.connect(Surroundings(width=side, height=side, steps=steps, cfg_scale=cfg))
             with gr.Column():
                 message = gr.HTML(elem_id="demo_message")
@@ -107,6 +109,12 @@ def build_page(model: DemoModel) -> gr.Blocks:
         gallery.select(compare, [comparisons], [comparison], queue=False, api_name=False)
     page.queue(concurrency_count=1, api_open=False)
     return page
+
+
+def _suit(panel: Panel) -> None:
+    """Let the panel begin with what suits this model."""
+    for name, control in zip(PARAMETERS, panel.controls, strict=True):
+        control.value = OWN_DEFAULTS.get(name, control.value)
 
 
 def _open(page: gr.Blocks, name: str) -> None:

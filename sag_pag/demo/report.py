@@ -11,8 +11,8 @@ from typing import Any
 
 from sag_pag.demo.evaluate import Evaluation, Floor, Result
 from sag_pag.demo.metrics import Change, Estimate
-from sag_pag.demo.pages import write_part
 from sag_pag.demo.points import Point
+from sag_pag.pages import write_part
 
 COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.blocks import Topology
 from sag_pag.branch import Denoiser
@@ -184,3 +185,11 @@ def sample(
         if on_step is not None:
             on_step()
     return x
+
+
+def count_gigaflops(model: DemoModel, caption: str, *, recipe: Recipe, size: int = 64) -> float:
+    """Floating-point operations of one picture, counted, in billions."""
+    drawn = noise_of([0], size=size) if recipe.begin else None
+    with FlopCounterMode(display=False) as counter:
+        sample(model, [caption], seeds=[0], recipe=recipe, size=size, drawn=drawn)
+    return float(counter.get_total_flops()) / 1e9

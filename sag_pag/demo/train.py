@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sag_pag.demo import data
 from sag_pag.demo.autoencoder import FACTOR, LATENT_CHANNELS, Autoencoder, train_autoencoder
+from sag_pag.demo.files import written_whole
 from sag_pag.demo.model import DemoModel, save
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.schedule import TIMESTEPS, angle_of
@@ -150,15 +151,14 @@ class Trainer:
         return self.settings.out / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write checkpoint, weights and loss curve; the checkpoint in one move, so that it is never half a file."""
+        """Write checkpoint, weights and loss curve."""
         described = self.settings.described
         state = {name: getattr(self, name) for name in ("step", "seconds", "curve", "finished")}
         state["settings"] = described
         for name in ("model", "average", "optimiser"):
             state[name] = getattr(self, name).state_dict()
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        with written_whole(self.checkpoint) as partial:
+            torch.save(state, partial)
         taken = {"step": self.step, "seconds": round(self.seconds), "finished": self.finished}
         metadata = {"training": json.dumps({**described, **taken})}
         if self.curve:
@@ -264,9 +264,8 @@ def prepared_autoencoder(settings: TrainSettings) -> Autoencoder:
     else:
         settings.out.mkdir(parents=True, exist_ok=True)
         model = train_autoencoder(steps=settings.autoencoder_steps, bf16=settings.bf16)
-        partial = path.with_suffix(".partial")
-        save_file(model.state_dict(), partial, metadata={"training": json.dumps(about)})
-        partial.replace(path)
+        with written_whole(path) as partial:
+            save_file(model.state_dict(), partial, metadata={"training": json.dumps(about)})
     return model.eval().requires_grad_(False)
 
 

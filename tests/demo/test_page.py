@@ -127,14 +127,14 @@ def test_a_caption_becomes_two_different_pictures(page: Any) -> None:
     before, after = sources(page)
     assert before == after
     page.locator(f"{PANEL}_pag_enabled input").check()
-    assert "with PAG 3" in generate(page)
+    assert "with PAG 0.5" in generate(page)
     screenshot(page, "demo-page")
     guided = sources(page)
     assert guided[0] == before
     assert guided[1] != before
-    assert page.locator(".demo-after").get_attribute("alt") == "yellow moon on black; seed 3, with PAG 3"
+    assert page.locator(".demo-after").get_attribute("alt") == "yellow moon on black; seed 3, with PAG 0.5"
     gallery = page.locator("#demo_gallery .caption-label").all_inner_texts()
-    assert gallery == [f"seed {seed}, {name}" for seed in (3, 5) for name in ("without guidance", "with PAG 3")]
+    assert gallery == [f"seed {seed}, {name}" for seed in (3, 5) for name in ("without guidance", "with PAG 0.5")]
 
 
 def test_the_slider_is_moved_by_keyboard(page: Any) -> None:
@@ -182,7 +182,7 @@ def test_what_can_not_be_used_is_said_and_nothing_is_lost(
 
 
 def test_it_goes_on_after_errors(page: Any) -> None:
-    assert "with PAG 3" in generate(page)
+    assert "with PAG 0.5" in generate(page)
     assert page.locator("#demo_message [role=alert]").count() == 0
 
 
