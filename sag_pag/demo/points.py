@@ -106,6 +106,7 @@ _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 _CHOSEN: dict[str, dict[str, object]] = {
     "PAG 0.5": {"pag_scale": 0.5},
     "PAG 1, 0 to 0.25": {"pag_scale": 1.0, "pag_end": 0.25},
+    "PAG 0.5, input.1 and middle": {"pag_scale": 0.5, "pag_blocks": "input.1, middle"},
     "SAG, 0.25 to 1": {"sag_start": 0.25},
     "SAG+PAG 0.5, SAG 0.25 to 1": {"pag_scale": 0.5, "sag_start": 0.25},
 }
