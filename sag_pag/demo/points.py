@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from sag_pag.demo.sampling import Recipe, noise_levels
-from sag_pag.settings import PARAMETERS, Settings, implied_switches
+from sag_pag.settings import Settings, implied_switches
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
 MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
@@ -52,6 +52,8 @@ class Point:
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
+PANEL_PAG_SCALE = Settings().pag_scale
+"""The extension's own default."""
 PAG_SCALE = 0.5
 OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
 """What suits this model better than the extension's defaults (docs/demo-evaluation.md); the grid uses it too."""
@@ -64,13 +66,12 @@ def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1
 
 def default_points(steps: int = 20) -> list[Point]:
     """No guidance, SAG, PAG and both, and PAG at the extension's own default scale, in every mode."""
-    panel = PARAMETERS["pag_scale"].default
     variants: dict[str, dict[str, object]] = {
         "none": {},
         "SAG": _switched_on("sag"),
         f"PAG {PAG_SCALE:g}": _switched_on("pag"),
         f"SAG+PAG {PAG_SCALE:g}": _switched_on("sag", "pag"),
-        f"PAG {panel:g}": {"pag_scale": panel},
+        f"PAG {PANEL_PAG_SCALE:g}": {"pag_scale": PANEL_PAG_SCALE},
     }
     return [
         Point(DEFAULT, label, mode, _recipe(mode, values, steps=steps))
@@ -99,7 +100,7 @@ _BLOCKS = (
     "middle, output.0",
     "input.1, middle, output.0-1",
 )
-_RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.75), (0.25, 1.0), (0.5, 1.0))
+_RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.5), (0.25, 0.75), (0.25, 1.0), (0.5, 1.0))
 _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Where the model goes on from drawn pictures under noise, unguided: from which noise level on is it right?"""
 
@@ -144,9 +145,10 @@ def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | Non
     if sweep == "sag-block":
         return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
+        limited = [(f"PAG {scale:g}", "pag", {"pag_scale": scale}) for scale in (1.0, PANEL_PAG_SCALE)]
         return [
             (f"{label}, {start:g} to {end:g}", {**values, f"{feature}_start": start, f"{feature}_end": end}, 1, None)
-            for label, feature, values in (("PAG 1", "pag", {"pag_scale": 1.0}), ("SAG", "sag", {}))
+            for label, feature, values in (*limited, ("SAG", "sag", {}))
             for start, end in _RANGES
         ]
     if sweep == "cost":
