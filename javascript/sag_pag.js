@@ -192,11 +192,16 @@
     const answered = (panel) => panel.querySelector(".sag-pag-mapping .sag-pag-map, .sag-pag-mapping .sag-pag-hint");
     let checkpoint = null;
 
-    // The page may not listen yet when it says that it is loaded.
+    // The page may not listen yet when it says that it is loaded, and the model may not be loaded yet.
     function refreshUntilAnswered(panel, tries) {
         refresh(panel);
-        setTimeout(() => {
-            if (tries > 1 && !answered(panel)) refreshUntilAnswered(panel, tries - 1);
+        clearTimeout(panel.sagPagAsking);
+        panel.sagPagAsking = setTimeout(() => {
+            if (panel.querySelector(".sag-pag-waiting")) {
+                panel.sagPagAsking = setTimeout(() => refreshUntilAnswered(panel, tries), 2000);
+            } else if (tries > 1 && !answered(panel)) {
+                refreshUntilAnswered(panel, tries - 1);
+            }
         }, 1000);
     }
 

@@ -113,46 +113,54 @@ class Topology:
         Raises ``BlockNameError`` for the first name that selects nothing or whose ends do not exist.
         """
         chosen: set[AttentionSite] = set()
-        for item in filter(None, (part.strip() for part in text.split(","))):
+        for item in _items(text):
             chosen.update(self._resolve_item(item))
         return tuple(site for site in self.sites if site in chosen)
 
     def resolve_known(self, text: str) -> tuple[AttentionSite, ...]:
-        """Like ``resolve``, but leaves out names that this U-Net does not have (a refiner has fewer blocks)."""
+        """Like ``resolve``, but leaves out what this U-Net lacks, of a range too: a refiner has fewer blocks."""
         chosen: set[AttentionSite] = set()
-        for item in text.split(","):
-            try:
-                chosen.update(self.resolve(item))
-            except BlockNameError:
-                continue
+        for item in _items(text):
+            chosen.update(self._select(item, whole=False))
         return tuple(site for site in self.sites if site in chosen)
 
+    def unknown(self, text: str) -> list[str]:
+        """The names and ranges of a list that this U-Net has nothing of."""
+        return [item for item in _items(text) if not self._select(item, whole=False)]
+
     def _resolve_item(self, item: str) -> list[AttentionSite]:
-        lowered = item.lower()
-        for pattern, select in self._grammar():
-            match = pattern.fullmatch(lowered)
+        found = self._select(item, whole=True)
+        if not found:
+            raise BlockNameError(item, self.describe())
+        return found
+
+    def _select(self, item: str, *, whole: bool) -> list[AttentionSite]:
+        """What a name or a range selects; nothing if ``whole`` and one of a range's ends does not exist."""
+        for pattern, select in self._grammar(whole):
+            match = pattern.fullmatch(item.lower())
             if match is None:
                 continue
-            found = select(match.groupdict())
-            found = found and _select_depths(found, match["k_first"], match["k_last"])
+            found = _select_depths(select(match.groupdict()), match["k_first"], match["k_last"], whole=whole)
             if found:
                 return found
-        raise BlockNameError(item, self.describe())
+        return []
 
-    def _grammar(self) -> list[tuple[re.Pattern[str], Callable[[dict[str, Any]], list[AttentionSite]]]]:
+    def _grammar(
+        self, whole: bool
+    ) -> list[tuple[re.Pattern[str], Callable[[dict[str, Any]], list[AttentionSite]]]]:
         def by_middle(_: dict[str, Any]) -> list[AttentionSite]:
             return [site for site in self.sites if site.part == "middle"]
 
         def by_index(groups: dict[str, Any]) -> list[AttentionSite]:
             part = _PARTS[groups["part"]]
             indices = [site.index for site in self.sites if site.part == part]
-            return self._between(part, indices, groups)
+            return self._between(part, indices, groups, whole=whole)
 
         def by_ordinal(groups: dict[str, Any]) -> list[AttentionSite]:
             part = _PARTS[groups["part"]]
             order = list(dict.fromkeys(site.index for site in self.sites if site.part == part))
             ordinals = [order.index(site.index) for site in self.sites if site.part == part]
-            return self._between(part, ordinals, groups)
+            return self._between(part, ordinals, groups, whole=whole)
 
         def by_stage(groups: dict[str, Any]) -> list[AttentionSite]:
             stage, position = int(groups["stage"]), groups["position"]
@@ -164,9 +172,11 @@ class Topology:
 
         return [(_MIDDLE, by_middle), (_LDM, by_index), (_DIFFUSERS, by_stage), (_SHORT, by_ordinal)]
 
-    def _between(self, part: Part, numbers: list[int], groups: dict[str, Any]) -> list[AttentionSite]:
+    def _between(
+        self, part: Part, numbers: list[int], groups: dict[str, Any], *, whole: bool
+    ) -> list[AttentionSite]:
         first, last = int(groups["first"]), int(groups["last"] or groups["first"])
-        if first not in numbers or last not in numbers:
+        if whole and not {first, last} <= set(numbers):
             return []
         sites = [site for site in self.sites if site.part == part]
         return [site for site, number in zip(sites, numbers, strict=True) if first <= number <= last]
@@ -174,19 +184,27 @@ class Topology:
 
 def check_names(text: str) -> tuple[AttentionSite, ...]:
     """Raises ``BlockNameError`` if an item of ``text`` can't be a block name of any U-Net; selects nothing."""
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in _items(text):
         if not any(pattern.fullmatch(item.lower()) for pattern in (_MIDDLE, _LDM, _DIFFUSERS, _SHORT)):
             allowed = "middle, input.N, output.N, a range such as output.3-5, or one transformer block such as middle.0"
             raise BlockNameError(item, allowed)
     return ()
 
 
-def _select_depths(sites: list[AttentionSite], first: str | None, last: str | None) -> list[AttentionSite]:
+def _items(text: str) -> list[str]:
+    """The names and ranges of a comma-separated list."""
+    return [item for part in text.split(",") if (item := part.strip())]
+
+
+def _select_depths(
+    sites: list[AttentionSite], first: str | None, last: str | None, *, whole: bool
+) -> list[AttentionSite]:
     if first is None:
         return sites
     low, high = int(first), int(last or first)
-    depths = {site.depth for site in sites}
-    return [site for site in sites if low <= site.depth <= high] if {low, high} <= depths else []
+    if whole and not {low, high} <= {site.depth for site in sites}:
+        return []
+    return [site for site in sites if low <= site.depth <= high]
 
 
 def _part_sites(part: Part, blocks: Sequence[nn.Module], *, ends_stage: str) -> list[AttentionSite]:

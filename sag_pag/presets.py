@@ -123,7 +123,7 @@ def _read_entry(entry: object, *, taken: Container[str]) -> Preset:
 def _read(data: bytes) -> tuple[list[Preset], list[str]]:
     """The good presets of a file, and what is wrong with the rest of it."""
     try:
-        content = json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return [], [f"it is not JSON ({error})"]
     if not isinstance(content, dict) or set(content) != {"presets"} or not isinstance(content["presets"], list):

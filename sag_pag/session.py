@@ -100,6 +100,14 @@ def check_blocks(settings: Settings, topology: Topology | None) -> None:
             raise SettingError(name, text, f"one block{f' of {topology.describe()}' if topology else ''}")
 
 
+def unknown_blocks(settings: Settings, topology: Topology) -> list[str]:
+    """The block names and ranges of the features that are on of which ``topology`` has nothing."""
+    return [
+        name for feature, text in (("sag", settings.sag_block), ("pag", settings.pag_blocks))
+        if getattr(settings, f"{feature}_enabled") for name in topology.unknown(text)
+    ]
+
+
 HiresPass = Literal["first pass", "hires pass"]
 
 
@@ -110,8 +118,8 @@ def plan_step(
 
     ``hires`` is the pass of hires. fix, ``None`` where the picture is made without it.
 
-    Block names that this U-Net does not have are left out: ``check_blocks`` has refused those that the first model
-    does not have, and a refiner may have fewer.
+    Blocks that this U-Net does not have are left out: ``check_blocks`` has refused those that the first model does not
+    have, and a refiner may have fewer; ``unknown_blocks`` names those of which nothing is left.
     """
     if hires is not None and settings.hires_pass not in ("both passes", hires):
         return None

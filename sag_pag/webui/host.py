@@ -78,6 +78,11 @@ def wants_own_call() -> bool:
     return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
 
 
+def disregarded_fields() -> set[str]:
+    """The infotext fields that the user's options say to leave alone when a text is pasted."""
+    return set(getattr(shared.opts, "infotext_skip_pasting", ()))  # WebUI 1.7 does not have it
+
+
 def key_value_inputs() -> KeyValueInputs:
     """What the loaded hypernetworks, if any, make of a self-attention's tokens before ``to_k`` and ``to_v``."""
     loaded = shared.loaded_hypernetworks

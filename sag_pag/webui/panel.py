@@ -37,16 +37,17 @@ _QUIET = {"queue": False, "show_progress": False}
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Controls outside the panel that its costs depend on: pixels, steps and CFG scale.
+    """Controls outside the panel that its costs depend on: pixels and steps.
 
-    In img2img denoising strength too; where there is hires. fix, its switch, scale, pixels to resize to, steps (0: as
-    many as before) and denoising strength.
+    The CFG scale too where a scale of 1 saves the unconditional rows, which the WebUI computes all the same. In img2img
+    denoising strength; where there is hires. fix, its switch, scale, pixels to resize to, steps (0: as many as before)
+    and denoising strength.
     """
 
     width: Any
     height: Any
     steps: Any
-    cfg_scale: Any
+    cfg_scale: Any = None
     denoising: Any = None
     hires: Any = None
     hires_scale: Any = None
@@ -126,7 +127,7 @@ class Panel:
         for name, state in self.states.items():
             field = self._made[name]
             field.change(self._check(name), [field], [state], **_QUIET)
-        redrawing = [components.pop(name) for name in ("width", "height", "cfg_scale")]
+        redrawing = [components.pop(name) for name in ("width", "height")]
         for component in self.controls:
             component.change(self._follow, [*inputs, self.presets.chosen], [self.cost, self.presets.changed], **_QUIET)
         for component in components.values():
@@ -156,7 +157,8 @@ class Panel:
         texts_of = {name: str(own[name]) for name in self.maps}
         states = [_state(name, text, model) for name, text in texts_of.items()]
         if isinstance(model, str):
-            reason = f'<p class="sag-pag-hint">{escape(model)}</p>'
+            waiting = " sag-pag-waiting" if model == texts.NO_MODEL else ""
+            reason = f'<p class="sag-pag-hint{waiting}">{escape(model)}</p>'
             return [_cost_line_of(own, around, []), *(reason for _ in texts_of), *states]
         passes = _passes(model, around)
         maps = [
@@ -220,7 +222,7 @@ def _cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], passes: Seq
         return f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
     if not passes or not settings.enabled:
         return _cost_line(settings, None)
-    return _cost_line(settings, picture_cost(settings, passes, rows=1 if around["cfg_scale"] == 1 else 2))
+    return _cost_line(settings, picture_cost(settings, passes, rows=1 if around.get("cfg_scale") == 1 else 2))
 
 
 def _cost_line(settings: Settings, cost: PictureCost | None) -> str:

@@ -9,6 +9,7 @@ import gradio as gr
 
 from sag_pag.migration import migrate
 from sag_pag.settings import PARAMETERS, SettingError, complete_infotext
+from sag_pag.webui import host
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,8 @@ logger = logging.getLogger(__name__)
 def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
     """Adds to a pasted text what it says in other extensions' fields, and what it says without naming it.
 
-    What could not be taken over is shown on the page, and logged: the API has no page.
+    Fields that the WebUI's options say to disregard stay as they are. What could not be taken over is shown on the
+    page, and logged: the API has no page.
     """
     for parameter in PARAMETERS.values():
         if parameter.infotext in params:
@@ -28,6 +30,8 @@ def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
     migration = migrate(params)
     params.update(migration.fields)
     params.update(complete_infotext(params))
+    for disregarded in host.disregarded_fields() & {parameter.infotext for parameter in PARAMETERS.values()}:
+        params.pop(disregarded, None)
     if migration.notes:
         _warn(migration.message)
     elif migration.message:

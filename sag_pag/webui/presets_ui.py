@@ -41,7 +41,8 @@ class PresetControls:
             self.name = gr.Textbox(label=texts.PRESET_NAME, max_lines=1, elem_id=elem_id("preset_name"))
             self.yes = _button("✔️", texts.YES, elem_id("preset_yes"))
             self.no = _button("✖️", texts.NO, elem_id("preset_no"))
-        self.asked = gr.State("")
+        self.asked = gr.State(("", ""))
+        """What the question is about: what to do, and with which preset."""
         self.changed = gr.HTML(f"<span>{texts.CHANGED}</span>", visible=False, elem_id=elem_id("preset_changed"))
         self.status = gr.HTML(self._status(), elem_id=elem_id("preset_status"))
         for control in (
@@ -55,13 +56,13 @@ class PresetControls:
         plain = {"show_progress": False, "queue": False}
         self.refresh.click(self._refresh, outputs=[self.chosen, self.status], **plain)
         # "select", not "input": that one is silent where the same is chosen once more
-        self.chosen.select(self._choose, outputs=[*controls, self.status, self.changed], **plain)
+        self.chosen.select(self._choose, outputs=[*controls, self.status, self.changed, self.question], **plain)
         asking = [self.asked, self.question, self.name, self.status]
         self.save.click(self._ask_save, inputs=[self.chosen], outputs=asking, **plain)
         self.rename.click(self._ask_rename, inputs=[self.chosen], outputs=asking, **plain)
         self.delete.click(self._ask_delete, inputs=[self.chosen], outputs=asking, **plain)
         answer = {
-            "inputs": [self.asked, self.chosen, self.name, *controls],
+            "inputs": [self.asked, self.name, *controls],
             "outputs": [self.chosen, self.question, self.status, self.changed], **plain,
         }
         for event in (self.yes.click, self.name.submit):
@@ -107,12 +108,13 @@ class PresetControls:
         return "<br>".join(lines)
 
     def _choose(self, event: gr.SelectData) -> list[Any]:
+        """The preset's values; a question about another one is not asked any more."""
         try:
             preset = self.store.get(str(event.value))
         except PresetError as error:
-            return [*(gr.update() for _ in PARAMETERS), self._status(error=error), gr.update()]
+            return [*(gr.update() for _ in PARAMETERS), self._status(error=error), gr.update(), gr.update()]
         values = [gr.update(value=value) for value in preset.settings().values()]
-        return [*values, self._status(preset.description), gr.update(visible=False)]
+        return [*values, self._status(preset.description), gr.update(visible=False), gr.update(visible=False)]
 
     def _ask_save(self, chosen: str | None) -> tuple[Any, ...]:
         try:
@@ -131,37 +133,35 @@ class PresetControls:
         try:
             name = self.store.get_own(chosen).name
         except PresetError as error:
-            return "", gr.update(visible=False), gr.update(), self._status(error=error)
+            return ("", ""), gr.update(visible=False), gr.update(), self._status(error=error)
         return self._ask(what, question, name)
 
     def _ask(self, what: str, question: str, name: str) -> tuple[Any, ...]:
         shown = gr.update(value=name, visible=what != _DELETE)
         about = name if what == _DELETE else None
-        return what, gr.update(visible=True), shown, self._status(question, name=about)
+        return (what, name), gr.update(visible=True), shown, self._status(question, name=about)
 
-    def _do(self, asked: str, chosen: str | None, name: str, *values: Any) -> tuple[Any, ...]:
+    def _do(self, asked: tuple[str, str], name: str, *values: Any) -> tuple[Any, ...]:
+        what, about = asked
         try:
-            now, done = self._change(asked, chosen, name, values)
+            now, done = self._change(what, about, name, values)
         except (PresetError, SettingError) as error:
             return gr.update(choices=self._names()), gr.update(), self._status(error=error), gr.update()
-        status = self._status(done, name=now or chosen)
+        status = self._status(done, name=now or about)
         return gr.update(choices=self._names(), value=now), gr.update(visible=False), status, self.compare(now, values)
 
-    def _change(
-        self, asked: str, chosen: str | None, name: str, values: Sequence[Any]
-    ) -> tuple[str | None, str]:
+    def _change(self, what: str, about: str, name: str, values: Sequence[Any]) -> tuple[str | None, str]:
         """Does what was asked for; what is chosen then, and what was done. Raises as the store and ``Settings`` do."""
-        if asked == _SAVE:
+        if what == _SAVE:
             settings = Settings.from_list(values)
             settings.check_order()
             check_blocks(settings, None)
             saved = self.store.save(name, settings).name
             return saved, texts.SAVED
-        own = self.store.get_own(chosen).name
-        if asked == _RENAME:
-            renamed = self.store.rename(own, name).name
+        if what == _RENAME:
+            renamed = self.store.rename(about, name).name
             return renamed, texts.RENAMED
-        self.store.delete(own)
+        self.store.delete(about)
         return None, texts.DELETED
 
 

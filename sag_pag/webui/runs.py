@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from sag_pag.patching import Forward, forward_replaced
-from sag_pag.session import GuidedStep, SagView, check_blocks, plan_step
+from sag_pag.session import GuidedStep, SagView, check_blocks, plan_step, unknown_blocks
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui import host
 
@@ -113,6 +113,8 @@ class GuidedRun:
         except host.UnguidableModelError as error:
             self.note(f"not applied to the end, {error}")
             return None
+        if unknown := unknown_blocks(self.settings, topology):
+            self.note(f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block")
         hires = host.hires_pass(self.p)
         self._progress = host.progress(self._denoiser, sigma)
         plan = plan_step(self.settings, topology, progress=self._progress, hires=hires)

@@ -23,7 +23,7 @@ CALLBACKS = Callbacks()
 _SHOWN = "sag_pag_shown"
 """Attribute of a processing object: by picture number the sheets of what SAG saw, until they are in the gallery."""
 
-_EVERYWHERE = {"width": "width", "height": "height", "steps": "steps", "cfg_scale": "cfg_scale"}
+_EVERYWHERE = {"width": "width", "height": "height", "steps": "steps"}
 _AROUND = {
     "txt2img": {
         **_EVERYWHERE, "hr-checkbox": "hires", "hr_scale": "hires_scale", "hr_resize_x": "hires_width",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,10 @@ from sag_pag.webui.runs import RefusedError
 
 _PLOTTED = "sag_pag_plotted"
 """Attribute of a cell's processing object: the parameters that its axes have set so far."""
+
+_NUMBER = r"([+-]?\d+(?:\.\d*)?)"
+_RANGE = re.compile(rf"{_NUMBER}\s*-\s*{_NUMBER}\s*\(\s*{_NUMBER}\s*\)")
+"""What the plot computes with steps: start, end, step. It goes on until a step is beyond the end."""
 
 _GROUPS = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
 
@@ -46,9 +51,14 @@ def _axis(module: Any, parameter: Parameter) -> Any:
 
 
 def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
-    """Refuses a bad value, in a cell or in the script's other arguments, before the first picture is made."""
+    """Refuses a bad value, in a cell or in the script's other arguments, before the first picture is made.
+
+    Cells that nobody has asked for are taken out of the plot's list.
+    """
     script = _script(p)
-    plotted = _plotted_labels(p)
+    plotted = {axis for axis, _ in _axes(p)}
+    written = ",".join(text for axis, text in _axes(p) if axis == axis_label(parameter))
+    cells[:] = [cell for cell in cells if not _beyond_its_range(parameter, cell, written)]
     topology = None if "Checkpoint name" in plotted else _topology(p)
     others = {f"{parameter.name[:4]}start", f"{parameter.name[:4]}end"} - {parameter.name}
     both_ends = any(axis_label(PARAMETERS[name]) in plotted for name in others & PARAMETERS.keys())
@@ -64,11 +74,31 @@ def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
         raise RefusedError(error) from error
 
 
-def _plotted_labels(p: Any) -> set[str]:
-    """The labels of all axes of the plot that ``p`` is for."""
+def _axes(p: Any) -> list[tuple[str, str]]:
+    """The axes of the plot that ``p`` is for: label, and the values as they were written."""
     plot = next(script for script in p.scripts.scripts if script.title() == "X/Y/Z plot")
-    kinds = p.script_args[plot.args_from : plot.args_to][0:9:3]  # each axis has three controls, its kind first
-    return {plot.current_axis_options[kind or 0].label for kind in kinds}
+    args = p.script_args[plot.args_from : plot.args_to]
+    kinds, texts_written = args[0:9:3], args[1:9:3]  # each axis has three controls: kind, values, values to choose
+    return [
+        (plot.current_axis_options[kind or 0].label, str(text or ""))
+        for kind, text in zip(kinds, texts_written, strict=True)
+    ]
+
+
+def _beyond_its_range(parameter: Parameter, cell: Any, written: str) -> bool:
+    """Whether a cell can't be used and is a step beyond the end of a range that can.
+
+    The plot makes 0.5, …, 1 and 1.0999999999999999 of "0.5-1 (+0.1)".
+    """
+    if parameter.kind != "float" or parameter.minimum <= round(cell, 9) <= parameter.maximum:
+        return False
+    for item in written.split(","):
+        if (found := _RANGE.fullmatch(item.strip())) is not None:
+            start, end, step = (float(number) for number in found.groups())
+            usable = all(parameter.minimum <= number <= parameter.maximum for number in (start, end))
+            if usable and 0 < (cell - end) / step <= 1 + 1e-9:
+                return True
+    return False
 
 
 def _topology(p: Any) -> Topology | None:

@@ -14,7 +14,7 @@ from sag_pag.benchmark.steps import step_config
 from sag_pag.blocks import Topology
 from sag_pag.demo.unet import UNetModel
 
-AROUND = {"width": 512, "height": 768, "steps": 20, "cfg_scale": 7}
+AROUND = {"width": 512, "height": 768, "steps": 20}
 HIRES = {
     "hires": True, "hires_scale": 2, "hires_width": 0, "hires_height": 0, "hires_steps": 0, "hires_denoising": 0.7,
 }  # fmt: skip
@@ -71,6 +71,20 @@ def test_a_field_that_is_empty_for_a_moment(host: Host, topology: Topology, fiel
     line = panel._cost_line_of(own, around, [])
     assert "PAG" in line
     assert "×" not in line
+
+
+@pytest.mark.parametrize(("around", "cost"), [({}, "1.3"), ({"cfg_scale": 7}, "1.3"), ({"cfg_scale": 1}, "1.6")])
+def test_only_a_host_that_saves_the_unconditional_rows_tells_its_cfg_scale(
+    host: Host, topology: Topology, around: dict[str, Any], cost: str
+) -> None:
+    """The WebUI computes them at a CFG scale of 1 too, so that a guided step costs no larger share there."""
+    from sag_pag.settings import PARAMETERS
+    from sag_pag.webui import panel, script
+
+    own = {name: parameter.default for name, parameter in PARAMETERS.items()} | {"pag_enabled": True}
+    line = panel._cost_line_of(own, {**AROUND, **around}, panel._passes(topology, {**AROUND, **around}))
+    assert f"≈ {cost}" in line
+    assert all("cfg_scale" not in names.values() for names in script._AROUND.values())
 
 
 @pytest.mark.parametrize(("grid", "masks"), [(False, 0), (True, 0), (False, 2)])

@@ -110,6 +110,23 @@ def test_what_a_pasted_text_says_and_can_not_be(host: Host) -> None:
     assert (settings.pag_enabled, settings.pag_scale, settings.pag_end) == (True, 3.0, 0.5)
 
 
+@pytest.mark.parametrize(("disregarded", "expected"), [
+    ((), {"pag_enabled": True, "pag_scale": 4.0, "pag_fade": False, "sag_enabled": False, "rescale": 0.0}),
+    (("PAG scale",), {"pag_enabled": True, "pag_scale": 9.0, "pag_fade": False, "sag_enabled": False}),
+    (("PAG", "SAG"), {"pag_enabled": True, "pag_scale": 4.0, "pag_fade": True, "sag_enabled": True, "rescale": 0.9}),
+    (("PAG", "PAG scale", "Seed"), {"pag_enabled": True, "pag_scale": 9.0, "sag_enabled": False}),
+])
+def test_fields_that_are_to_be_disregarded_stay_as_they_are(
+    host: Host, disregarded: tuple[str, ...], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The WebUI has taken them out of the text by then."""
+    monkeypatch.setattr(host.shared.opts, "infotext_skip_pasting", list(disregarded), raising=False)
+    fields = {"Steps": "4", "PAG": "True", "PAG scale": "4"}
+    kept = ", ".join(f"{key}: {value}" for key, value in fields.items() if key not in disregarded)
+    settings = Settings.from_list(pasted(host, f"a cat\n{kept}"))
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"sag_scale": 1.25}, {"pag_scale": 3}, {"pag_scale": 2.05, "pag_fade": True, "pag_blocks": "output.0-1"},
     {"sag_scale": 0.1 + 0.2, "sag_threshold": 0.95, "sag_block": "output.0", "sag_end": 0.9, "pag_scale": 1},

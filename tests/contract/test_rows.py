@@ -158,3 +158,15 @@ def test_refiner_takes_over(host: Host, sampler: str) -> None:
         expected = host.processing.process_images(host.processing.Processing(**fields)).latents
         host.script_callbacks.clear()
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4 * float(expected[0].abs().max()))
+
+
+@pytest.mark.parametrize(("blocks", "noted"), [("input.1, middle", "input.1"), ("input.1", "input.1"), ("middle", "")])
+def test_a_refiner_without_the_blocks_is_noted(host: Host, blocks: str, noted: str) -> None:
+    """Said in the picture's metadata, and once in the log: the rest of the steps is guided less than it says."""
+    host.use("sd1")
+    p = host.processing_for({"pag_scale": 3, "pag_blocks": blocks}, refiner=host.checkpoint("refiner"), steps=4)
+    infotext, = host.processing.process_images(p).infotexts
+    if noted:
+        assert f"not applied to the end in {noted}: a model that took over has no such block" in infotext
+    else:
+        assert "SAG/PAG note" not in infotext

@@ -211,6 +211,23 @@ def test_values_of_a_range_as_the_plot_computes_them(host: Host, start: str) -> 
     assert all(cell is not None for cell in cells)
 
 
+@pytest.mark.parametrize(("name", "text", "cells"), [
+    ("pag_end", "0.5-1 (+0.1)", 6), ("rescale", "0.7-1 (+0.3)", 2), ("pag_end", "0.4-1 (+0.2)", 4),
+    ("rescale", "0.3-0 (-0.1)", 4),
+])
+def test_a_range_up_to_the_last_value_that_can_be_used(host: Host, name: str, text: str, cells: int) -> None:
+    """The plot goes on until it is beyond the end: 1.0999999999999999 is nothing that anybody has asked for."""
+    made = plot(host, host.processing_for({"pag_scale": 1}), {label(host, name): [text]})
+    assert len(made) == cells
+    assert all(cell is not None for cell in made)
+
+
+@pytest.mark.parametrize("cells", [["0.5-1 (+0.1)", "1.3"], ["0.5-1.1 (+0.1)"], ["1", "1.1"], ["0-2 (+0.5)"]])
+def test_a_range_beyond_what_can_be_used_is_refused(host: Host, cells: list[str]) -> None:
+    with pytest.raises(ValueError, match="pag_end"):
+        plot(host, host.processing_for({"pag_scale": 1}), {label(host, "pag_end"): cells})
+
+
 def test_blocks_of_a_checkpoint_that_is_yet_to_be_loaded(host: Host) -> None:
     """The generation names its own checkpoint, which is loaded after the plot has confirmed its values."""
     p = host.processing_for({}, checkpoint=host.checkpoint("sdxl"))

@@ -170,8 +170,14 @@ def test_valid_names_in_one_line() -> None:
 
 def test_what_another_model_lacks_is_left_out() -> None:
     """A refiner that takes over in mid-run has fewer blocks."""
-    both = topology("refiner").resolve_known("output.0-2, middle, input.1, output.3")
+    refiner = topology("refiner")
+    both = refiner.resolve_known("output.0-2, middle, input.1, output.3")
     assert [site.name for site in both] == [*tens("middle", last=3), *tens("output.3", last=3)]
+    assert refiner.unknown("output.0-2, middle, input.1, output.3,") == ["output.0-2", "input.1"]
+    assert refiner.resolve_known("output.0-5") == refiner.resolve("output.3-5"), "of a range what there is"
+    assert refiner.resolve_known("middle.2-9") == refiner.resolve("middle.2-3")
+    assert refiner.unknown("output.0-5, middle.2-9") == []
+    assert refiner.unknown("middle.4-9") == ["middle.4-9"]
     assert topology("refiner").resolve_known("input.1") == ()
     assert topology("refiner").resolve_known("") == ()
 

@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "sag_pag"
 LEVELS = {
-    "settings": 0, "guidance": 0, "patching": 0, "blocks": 0, "presets": 1, "migration": 1, "attention": 1, "branch": 2,
-    "session": 3, "cost": 4,
+    "settings": 0, "guidance": 0, "patching": 0, "blocks": 0, "pages": 0, "presets": 1, "migration": 1, "attention": 1,
+    "branch": 2, "session": 3, "cost": 4,
 }
 """A module imports from lower levels only. Above all of them: ``webui``, ``demo`` and tools of the repository's own."""
 TOP = ("webui", "demo", "benchmark", "readme")

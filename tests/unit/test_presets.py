@@ -125,6 +125,14 @@ def test_what_can_not_be_done(store: PresetStore) -> None:
     assert set(own(store)) == {"a", "b"}
 
 
+def test_a_file_that_an_editor_has_marked_as_utf_8(store: PresetStore) -> None:
+    """Windows' own editors put a byte order mark before it."""
+    store.save("mine", STRONG)
+    store.path.write_bytes(b"\xef\xbb\xbf" + store.path.read_bytes())
+    assert own(store) == {"mine": STRONG}
+    assert files(store) == ["presets.json"]
+
+
 BROKEN = [
     b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b"null", b"[]", b'{"presets": {}}', b'{"presets": [], "more": 1}',
 ]

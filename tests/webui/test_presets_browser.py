@@ -200,6 +200,30 @@ def test_an_own_preset_through_its_life(page: Any, webui: Server, file: Path) ->
     assert json.loads(file.read_text(encoding="utf-8"))["presets"] == []
 
 
+def test_a_question_is_about_the_preset_that_it_was_asked_of(page: Any, file: Path) -> None:
+    """Another choice takes the question back, and does nothing to either preset."""
+    for name, scale in (("First", "5"), ("Second", "6")):
+        choose(page, "SD 1.5")
+        page.locator(f"{element(TAB, 'pag_scale')} input[type=number]").fill(scale)
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(1000)
+        press(page, "save")
+        write_name(page, name)
+        press(page, "yes")
+    before = file.read_text(encoding="utf-8")
+    choose(page, "First")
+    for question in ("delete", "rename", "save"):
+        press(page, question)
+        assert page.locator(element(TAB, "preset_question")).is_visible()
+        choose(page, "Second")
+        assert not page.locator(element(TAB, "preset_question")).is_visible()
+        choose(page, "First")
+    assert file.read_text(encoding="utf-8") == before
+    press(page, "delete")
+    press(page, "yes")
+    assert offered(page)[-1] == "Second"
+
+
 def test_a_broken_file_is_named(page: Any, webui: Server, file: Path) -> None:
     before = set(file.parent.glob("presets.broken-*"))
     file.write_text("{", encoding="utf-8")

@@ -7,6 +7,7 @@ from copy import copy
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from modules import errors, processing, scripts
 
@@ -34,16 +35,25 @@ class Script(scripts.Script):
         self.current_axis_options = list(axis_options)
         return [gr.Dropdown(value=value) for value in (0, "", []) * 3]
 
+    def _computed(self, option: AxisOption, text: str) -> list[Any]:
+        """The values of a range with steps, one of which may be beyond its end."""
+        if option.type is not float or "(" not in text:
+            return [text]
+        ends, step = text.rstrip(")").split("(")
+        start, end = ends.split("-")
+        return list(np.arange(float(start), float(end) + float(step), float(step)).tolist())
+
     def run(self, p: Any, axes: dict[str, list[Any]]) -> list[processing.Processed]:
         """One result a cell, the first axis outermost; a cell that failed is empty."""
         options = {option.label: option for option in self.current_axis_options}
         p, args = copy(p), list(p.script_args)
         args[self.args_from : self.args_from + 3 * len(axes) : 3] = [list(options).index(label) for label in axes]
+        args[self.args_from + 1 : self.args_from + 3 * len(axes) : 3] = [", ".join(texts) for texts in axes.values()]
         p.script_args = type(p.script_args)(args)
         chosen = []
         for label, texts in axes.items():
             option = options[label]
-            values = [option.type(text) for text in texts]
+            values = [option.type(value) for text in texts for value in self._computed(option, text)]
             if option.confirm:
                 option.confirm(p, values)
             chosen.append((option, values))
