@@ -202,6 +202,7 @@ def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
         for result, cost, value in zip(chosen, costs, values, strict=True):
             text = result.point.label.partition(", ")[2].replace("every 1", "all steps")
             axes.annotate(text, (cost, value), xytext=(4, 3), textcoords="offset points", fontsize=7, color=f"C{index}")
+    axes.margins(x=0.12)  # room for the last point's name
     axes.set_xlabel("work, times that without guidance")
     axes.set_ylabel("change of the Fréchet distance, %")
 
