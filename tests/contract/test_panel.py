@@ -87,6 +87,22 @@ def test_only_a_host_that_saves_the_unconditional_rows_tells_its_cfg_scale(
     assert all("cfg_scale" not in names.values() for names in script._AROUND.values())
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_page_asks_again_only_while_no_model_is_loaded(host: Host, loaded: bool) -> None:
+    """The script goes on asking while it sees this class."""
+    from sag_pag.settings import PARAMETERS
+    from sag_pag.webui import panel, texts
+
+    reason = "StableDiffusion3 has no U-Net" if loaded else texts.NO_MODEL
+    made = panel.Panel(lambda name: name, switch=None, model=lambda: reason)
+    made.around = tuple(AROUND)
+    cost, *shown = made._redraw(*(parameter.default for parameter in PARAMETERS.values()), *AROUND.values())
+    assert "×" not in cost
+    hints = [part for part in shown if reason in part]
+    assert len(hints) == len(made.maps) == 2
+    assert all(("sag-pag-waiting" in hint) is not loaded for hint in hints)
+
+
 @pytest.mark.parametrize(("grid", "masks"), [(False, 0), (True, 0), (False, 2)])
 def test_sheets_come_last_with_the_infotexts_of_their_pictures(host: Host, grid: bool, masks: int) -> None:
     from sag_pag.webui.runs import VIEWS
