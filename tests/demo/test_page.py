@@ -210,3 +210,25 @@ def test_a_taken_port_gets_one_line(address: str) -> None:
     assert done.returncode == 2
     assert "can't serve at 127.0.0.1" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("kind", "again"), [("sag-pag-waiting", True), ("", False)])
+def test_a_panel_without_a_model_goes_on_asking(page: Any, address: str, kind: str, again: bool) -> None:
+    """Only while a model may still come: what can't be guided is not asked about again."""
+    asked: list[str] = []
+    page.goto(address, wait_until="domcontentloaded")
+    page.wait_for_selector(f"{PANEL}_pag_blocks_map .sag-pag-u button", timeout=20_000)
+    page.wait_for_timeout(1500)
+    page.evaluate(
+        """kind => {
+            for (const map of document.querySelectorAll(".sag-pag-mapping .sag-pag-map")) {
+                map.outerHTML = `<p class="sag-pag-hint ${kind}">none</p>`;
+            }
+        }""",
+        kind,
+    )
+    page.route("**/run/predict*", lambda route: (asked.append(route.request.url), route.abort()))
+    page.locator(f"{PANEL}_panel > .label-wrap").click()
+    page.wait_for_timeout(8000)
+    page.unroute("**/run/predict*")
+    assert (len(asked) >= 3) is again, asked
