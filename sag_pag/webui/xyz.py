@@ -56,8 +56,9 @@ def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
     Cells that nobody has asked for are taken out of the plot's list.
     """
     script = _script(p)
-    plotted = {axis for axis, _ in _axes(p)}
-    written = ",".join(text for axis, text in _axes(p) if axis == axis_label(parameter))
+    axes = _axes(p)
+    plotted = {axis for axis, _ in axes}
+    written = ",".join(text for axis, text in axes if axis == axis_label(parameter))
     cells[:] = [cell for cell in cells if not _beyond_its_range(parameter, cell, written)]
     topology = None if "Checkpoint name" in plotted else _topology(p)
     others = {f"{parameter.name[:4]}start", f"{parameter.name[:4]}end"} - {parameter.name}
