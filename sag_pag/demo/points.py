@@ -84,15 +84,21 @@ def _switched_on(*features: Feature) -> dict[str, object]:
     return {f"{feature}_enabled": True for feature in features}
 
 
-_SCALARS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)),
-    "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),
-    "sag-threshold": ("sag_threshold", (0.0, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6)),
-    "sag-sigma": ("sag_blur_sigma", (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
-}
+_INPUT_BLOCK = "input.1"
+_SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
+    "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0), {}),
+    "pag-input-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 5.0), {"pag_blocks": _INPUT_BLOCK}),
+    "pag-input-start": (
+        "pag_start", (0.0, 0.1, 0.15, 0.25, 0.35, 0.5), {"pag_blocks": _INPUT_BLOCK, "pag_scale": PANEL_PAG_SCALE},
+    ),
+    "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), {}),
+    "sag-threshold": ("sag_threshold", (0.0, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6), {}),
+    "sag-sigma": ("sag_blur_sigma", (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), {}),
+}  # fmt: skip
+"""What is swept, its values, and what else is not as by default."""
 
 _BLOCKS = (
-    "input.1",
+    _INPUT_BLOCK,
     "middle",
     "output.0",
     "output.1",
@@ -104,14 +110,27 @@ _RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.5), (0.25, 0.75), (0.2
 _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Where the model goes on from drawn pictures under noise, unguided: from which noise level on is it right?"""
 
-_CHOSEN: dict[str, dict[str, object]] = {
-    "PAG 0.5": {"pag_scale": 0.5},
-    "PAG 1, 0 to 0.25": {"pag_scale": 1.0, "pag_end": 0.25},
-    "PAG 0.5, input.1 and middle": {"pag_scale": 0.5, "pag_blocks": "input.1, middle"},
-    "SAG, 0.25 to 1": {"sag_start": 0.25},
-    "SAG+PAG 0.5, SAG 0.25 to 1": {"pag_scale": 0.5, "sag_start": 0.25},
+_IN_INPUT_BLOCK: dict[str, object] = {"pag_scale": PANEL_PAG_SCALE, "pag_blocks": _INPUT_BLOCK}
+_LATER: dict[str, dict[str, object]] = {
+    f"PAG {PANEL_PAG_SCALE:g}, {_INPUT_BLOCK}, 0.15 to 1": {**_IN_INPUT_BLOCK, "pag_start": 0.15},
 }
-"""The best of the other sweeps, to be measured on seeds that they were not chosen on."""
+_CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
+    "unconditional": {
+        "PAG 0.5": {"pag_scale": 0.5},
+        "PAG 1, 0 to 0.25": {"pag_scale": 1.0, "pag_end": 0.25},
+        "PAG 0.5, input.1 and middle": {"pag_scale": 0.5, "pag_blocks": "input.1, middle"},
+        **_LATER,
+        "SAG": _switched_on("sag"),
+        "SAG, 0.25 to 1": {"sag_start": 0.25},
+        "SAG+PAG 0.5, SAG 0.25 to 1": {"pag_scale": 0.5, "sag_start": 0.25},
+        f"SAG+PAG {PANEL_PAG_SCALE:g}, {_INPUT_BLOCK}, 0.15 to 1, SAG 0.25 to 1": {
+            **_IN_INPUT_BLOCK, "pag_start": 0.15, "sag_start": 0.25,
+        },
+    },
+    "captioned": {**_LATER, "SAG, 0.25 to 1": {"sag_start": 0.25}},
+    "captioned, CFG 3": {**_LATER, f"PAG {PANEL_PAG_SCALE:g}, {_INPUT_BLOCK}": _IN_INPUT_BLOCK},
+}  # fmt: skip
+"""The best of the other sweeps (and SAG at its very defaults), for seeds that they were not chosen on."""
 
 SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", "chosen")
 
@@ -122,7 +141,7 @@ def sweep_points(sweep: str, *, modes: Sequence[Mode] = SWEPT_MODES, steps: int 
     for mode in modes:
         added = _begins(mode, steps) if sweep == "begin" else [
             Point(sweep, label, mode, _recipe(mode, values, steps=steps, every=every), x)
-            for label, values, every, x in _variants(sweep)
+            for label, values, every, x in _variants(sweep, mode)
         ]
         points += [added[0].baseline, *added]
     return points
@@ -136,12 +155,16 @@ def _begins(mode: Mode, steps: int) -> list[Point]:
     return found
 
 
-def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | None]]:
+def _variants(sweep: str, mode: Mode) -> list[tuple[str, dict[str, object], int, float | None]]:
     if sweep in _SCALARS:
-        name, values = _SCALARS[sweep]
-        return [(f"{value:g}", {name: value}, 1, value) for value in values]
+        name, values, others = _SCALARS[sweep]
+        return [(f"{value:g}", {**others, name: value}, 1, value) for value in values]
     if sweep == "pag-blocks":
-        return [(blocks, {"pag_blocks": blocks}, 1, None) for blocks in _BLOCKS]
+        return [
+            (f"PAG {scale:g}, {blocks}", {"pag_scale": scale, "pag_blocks": blocks}, 1, None)
+            for scale in (PAG_SCALE, PANEL_PAG_SCALE)
+            for blocks in _BLOCKS
+        ]
     if sweep == "sag-block":
         return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
@@ -163,5 +186,5 @@ def _variants(sweep: str) -> list[tuple[str, dict[str, object], int, float | Non
                 variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, 1, None))
         return variants
     if sweep == "chosen":
-        return [(label, values, 1, None) for label, values in _CHOSEN.items()]
+        return [(label, values, 1, None) for label, values in _CHOSEN[mode].items()]
     raise ValueError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")

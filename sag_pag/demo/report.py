@@ -182,27 +182,29 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
         else:
             _plot_distances(axes, chosen, floor=floor)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5 * len(modes)))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
-    """What is gained over what it takes, a colour for each method; above the points how often it guides."""
+    """What is gained over what it takes: a colour for each method, a marker for each way to guide less often."""
     unguided, guided = results[0].gigaflops, [result for result in results if result.change is not None]
+    named = [result.point.label.partition(", ")[::2] for result in guided]
+    colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
+    markers = dict(zip(dict.fromkeys(when for _, when in named), "os^vDXP<>", strict=False))
     axes.axhline(0, color="grey", linestyle="--")
-    for index, method in enumerate(dict.fromkeys(result.point.label.partition(", ")[0] for result in guided)):
-        chosen = [result for result in guided if result.point.label.partition(", ")[0] == method]
-        costs = [result.gigaflops / unguided for result in chosen]
-        changes = [result.change for result in chosen if result.change is not None]
-        values = [100 * change.value for change in changes]
-        ends = [[100 * (x.value - x.low) for x in changes], [100 * (x.high - x.value) for x in changes]]
-        axes.errorbar(costs, values, yerr=ends, fmt="o", capsize=2, color=f"C{index}", alpha=0.25)
-        axes.plot(costs, values, "o", color=f"C{index}", label=method)
-        for result, cost, value in zip(chosen, costs, values, strict=True):
-            text = result.point.label.partition(", ")[2].replace("every 1", "all steps")
-            axes.annotate(text, (cost, value), xytext=(4, 3), textcoords="offset points", fontsize=7, color=f"C{index}")
-    axes.margins(x=0.12)  # room for the last point's name
+    for result, (method, when) in zip(guided, named, strict=True):
+        assert result.change is not None
+        cost, value = result.gigaflops / unguided, 100 * result.change.value
+        ends = [[value - 100 * result.change.low], [100 * result.change.high - value]]
+        axes.errorbar(cost, value, yerr=ends, capsize=2, color=colours[method], alpha=0.25)
+        axes.plot(cost, value, markers[when], color=colours[method])
+    for method, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=method)
+    for when, marker in markers.items():
+        label = when.replace("every 1", "all steps").replace("every", "one step in")
+        axes.plot([], [], marker, color="grey", label=label, linestyle="none")
     axes.set_xlabel("work, times that without guidance")
     axes.set_ylabel("change of the Fréchet distance, %")
 
