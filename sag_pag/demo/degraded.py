@@ -1,7 +1,7 @@
 """What guidance leads away from: ``python -m sag_pag.demo.degraded`` draws it for the docs.
 
-A drawn picture gets noise and the model predicts the picture: as it is, with PAG's identity attention, and from SAG's
-blurred input.
+A drawn picture gets noise and the model predicts the picture: as it is, with PAG's identity attention in one block or
+another, and from SAG's blurred input.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sag_pag.demo import data
 from sag_pag.demo.grid import labelled_rows
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel, load
+from sag_pag.demo.points import INPUT_BLOCK
 from sag_pag.demo.sampling import GuidedDenoiser, Recipe, noise_levels
 from sag_pag.settings import Settings
 
@@ -49,9 +50,12 @@ def degraded(model: DemoModel, *, sigma: float, count: int) -> dict[str, Tensor]
         return predictions[-1][-count:]
 
     with fused_attention():
-        by_pag = last_rows(Settings(pag_enabled=True))
-        by_sag = last_rows(Settings(sag_enabled=True))
-    latents = {"predicted": predictions[0][:count], "degraded by PAG": by_pag, "degraded by SAG": by_sag}
+        latents = {
+            "PAG, middle block": last_rows(Settings(pag_enabled=True)),
+            f"PAG, {INPUT_BLOCK}": last_rows(Settings(pag_enabled=True, pag_blocks=INPUT_BLOCK)),
+            "SAG": last_rows(Settings(sag_enabled=True)),
+        }
+    latents = {"predicted": predictions[0][:count], **latents}
     return {"drawn": drawn} | {name: model.first_stage_model.decode(value) for name, value in latents.items()}
 
 

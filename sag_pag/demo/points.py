@@ -84,12 +84,13 @@ def _switched_on(*features: Feature) -> dict[str, object]:
     return {f"{feature}_enabled": True for feature in features}
 
 
-_INPUT_BLOCK = "input.1"
+INPUT_BLOCK = "input.1"
+"""Where PAG gains at the extension's own scale, which is too strong for the middle block of this model."""
 _SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
     "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0), {}),
-    "pag-input-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 5.0), {"pag_blocks": _INPUT_BLOCK}),
+    "pag-input-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 5.0), {"pag_blocks": INPUT_BLOCK}),
     "pag-input-start": (
-        "pag_start", (0.0, 0.1, 0.15, 0.25, 0.35, 0.5), {"pag_blocks": _INPUT_BLOCK, "pag_scale": PANEL_PAG_SCALE},
+        "pag_start", (0.0, 0.1, 0.15, 0.25, 0.35, 0.5), {"pag_blocks": INPUT_BLOCK, "pag_scale": PANEL_PAG_SCALE},
     ),
     "sag-scale": ("sag_scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), {}),
     "sag-threshold": ("sag_threshold", (0.0, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6), {}),
@@ -98,7 +99,7 @@ _SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
 """What is swept, its values, and what else is not as by default."""
 
 _BLOCKS = (
-    _INPUT_BLOCK,
+    INPUT_BLOCK,
     "middle",
     "output.0",
     "output.1",
@@ -110,9 +111,9 @@ _RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.5), (0.25, 0.75), (0.2
 _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Where the model goes on from drawn pictures under noise, unguided: from which noise level on is it right?"""
 
-_IN_INPUT_BLOCK: dict[str, object] = {"pag_scale": PANEL_PAG_SCALE, "pag_blocks": _INPUT_BLOCK}
+_IN_INPUT_BLOCK: dict[str, object] = {"pag_scale": PANEL_PAG_SCALE, "pag_blocks": INPUT_BLOCK}
 _LATER: dict[str, dict[str, object]] = {
-    f"PAG {PANEL_PAG_SCALE:g}, {_INPUT_BLOCK}, 0.15 to 1": {**_IN_INPUT_BLOCK, "pag_start": 0.15},
+    f"PAG {PANEL_PAG_SCALE:g}, {INPUT_BLOCK}, 0.15 to 1": {**_IN_INPUT_BLOCK, "pag_start": 0.15},
 }
 _CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
     "unconditional": {
@@ -123,12 +124,12 @@ _CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
         "SAG": _switched_on("sag"),
         "SAG, 0.25 to 1": {"sag_start": 0.25},
         "SAG+PAG 0.5, SAG 0.25 to 1": {"pag_scale": 0.5, "sag_start": 0.25},
-        f"SAG+PAG {PANEL_PAG_SCALE:g}, {_INPUT_BLOCK}, 0.15 to 1, SAG 0.25 to 1": {
+        f"SAG+PAG {PANEL_PAG_SCALE:g}, {INPUT_BLOCK}, 0.15 to 1, SAG 0.25 to 1": {
             **_IN_INPUT_BLOCK, "pag_start": 0.15, "sag_start": 0.25,
         },
     },
     "captioned": {**_LATER, "SAG, 0.25 to 1": {"sag_start": 0.25}},
-    "captioned, CFG 3": {**_LATER, f"PAG {PANEL_PAG_SCALE:g}, {_INPUT_BLOCK}": _IN_INPUT_BLOCK},
+    "captioned, CFG 3": {**_LATER, f"PAG {PANEL_PAG_SCALE:g}, {INPUT_BLOCK}": _IN_INPUT_BLOCK},
 }  # fmt: skip
 """The best of the other sweeps (and SAG at its very defaults), for seeds that they were not chosen on."""
 
