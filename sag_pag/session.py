@@ -111,6 +111,11 @@ def unknown_blocks(settings: Settings, topology: Topology) -> list[str]:
 HiresPass = Literal["first pass", "hires pass"]
 
 
+def guides_pass(settings: Settings, hires: HiresPass | None) -> bool:
+    """Whether this pass of hires. fix is to be guided; ``None`` where a picture is made without it."""
+    return hires is None or settings.hires_pass in ("both passes", hires)
+
+
 def plan_step(
     settings: Settings, topology: Topology, *, progress: float, hires: HiresPass | None = None,
 ) -> StepPlan | None:
@@ -121,7 +126,7 @@ def plan_step(
     Blocks that this U-Net does not have are left out: ``check_blocks`` has refused those that the first model does not
     have, and a refiner may have fewer; ``unknown_blocks`` names those of which nothing is left.
     """
-    if hires is not None and settings.hires_pass not in ("both passes", hires):
+    if not guides_pass(settings, hires):
         return None
     own = hires == "hires pass" and settings.hires_own_scales
     sag_scale = settings.hires_sag_scale if own else settings.sag_scale

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from sag_pag.patching import Forward, forward_replaced
-from sag_pag.session import GuidedStep, SagView, check_blocks, plan_step, unknown_blocks
+from sag_pag.session import GuidedStep, SagView, check_blocks, guides_pass, plan_step, unknown_blocks
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui import host
 
@@ -108,6 +108,9 @@ class GuidedRun:
 
     def _make_step(self, denoise: Forward, sigma: Tensor) -> GuidedStep | None:
         """This step's guidance. Resolved against the live model: a refiner may have taken over."""
+        hires = host.hires_pass(self.p)
+        if not guides_pass(self.settings, hires):
+            return None
         try:
             topology = host.loaded_topology()
         except host.UnguidableModelError as error:
@@ -115,7 +118,6 @@ class GuidedRun:
             return None
         if unknown := unknown_blocks(self.settings, topology):
             self.note(f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block")
-        hires = host.hires_pass(self.p)
         self._progress = host.progress(self._denoiser, sigma)
         plan = plan_step(self.settings, topology, progress=self._progress, hires=hires)
         if plan is None:

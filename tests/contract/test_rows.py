@@ -170,3 +170,20 @@ def test_a_refiner_without_the_blocks_is_noted(host: Host, blocks: str, noted: s
         assert f"not applied to the end in {noted}: a model that took over has no such block" in infotext
     else:
         assert "SAG/PAG note" not in infotext
+
+
+@pytest.mark.parametrize(("hires_pass", "noted"), [("both passes", True), ("first pass", False)])
+def test_a_pass_that_is_not_guided_needs_no_blocks(host: Host, hires_pass: str, noted: bool) -> None:
+    """The hires checkpoint lacks a block: that is worth a note only if its pass is to be guided."""
+    host.use("sd1")
+    other = host.checkpoint("refiner")
+
+    def after_step(step: int) -> None:
+        if step == 1:
+            host.shared.sd_model = other
+
+    settings = {"pag_scale": 3, "pag_blocks": "input.1", "hires_pass": hires_pass}
+    p = host.processing_for(settings, enable_hr=True, steps=2, callback=after_step)
+    infotext, = host.processing.process_images(p).infotexts
+    assert host.shared.sd_model is other
+    assert ("not applied to the end in input.1" in infotext) is noted
