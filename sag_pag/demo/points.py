@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from sag_pag.demo.sampling import Recipe, noise_levels
-from sag_pag.settings import Settings, implied_switches
+from sag_pag.settings import PARAMETERS, Settings, Value, implied_switches
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
 MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
@@ -86,7 +86,7 @@ def _switched_on(*features: Feature) -> dict[str, object]:
 
 INPUT_BLOCK = "input.1"
 """Where PAG gains at the extension's own scale, which is too strong for the middle block of this model."""
-_SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
+_SCALARS: dict[str, tuple[str, tuple[float, ...], dict[str, Value]]] = {
     "pag-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0), {}),
     "pag-input-scale": ("pag_scale", (0.5, 1.0, 2.0, 3.0, 5.0), {"pag_blocks": INPUT_BLOCK}),
     "pag-input-start": (
@@ -134,6 +134,15 @@ _CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
 """The best of the other sweeps (and SAG at its very defaults), for seeds that they were not chosen on."""
 
 SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", "chosen")
+
+
+def axis_title(sweep: str) -> str:
+    """What ``Point.x`` is in a sweep whose points have one."""
+    if sweep not in _SCALARS:
+        return "share of the steps that is not the model's own"
+    name, _, others = _SCALARS[sweep]
+    kept = [f"{PARAMETERS[other].infotext} {PARAMETERS[other].format(value)}" for other, value in others.items()]
+    return ", ".join([PARAMETERS[name].infotext, *kept])
 
 
 def sweep_points(sweep: str, *, modes: Sequence[Mode] = SWEPT_MODES, steps: int = 20) -> list[Point]:

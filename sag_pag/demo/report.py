@@ -7,11 +7,11 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sag_pag.demo.evaluate import Evaluation, Floor, Result
 from sag_pag.demo.metrics import Change, Estimate
-from sag_pag.demo.points import Point
+from sag_pag.demo.points import Point, axis_title
 from sag_pag.pages import write_part
 
 COLUMNS = (
@@ -165,39 +165,62 @@ def can_plot() -> bool:
 
 
 def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
-    """Fréchet distance by the sweep's value (or by cost), one panel a mode. Needs matplotlib."""
+    """What is gained, by the sweep's value, by its ways of guiding or by cost; one panel a mode. Needs matplotlib."""
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    modes = list(dict.fromkeys(result.point.mode for result in results))
-    by_cost = results[0].point.sweep == "cost"
-    width, height = (7.5, 5.5) if by_cost else (5.6, 4.0)
-    figure, panels = pyplot.subplots(
-        1, len(modes), figsize=(width * len(modes), height), squeeze=False, sharey=not by_cost, layout="constrained"
+    by_mode: dict[str, list[Result]] = {}
+    for result in results:
+        by_mode.setdefault(result.point.mode, []).append(result)
+    rows, columns, heights = 1, len(by_mode), [4.0]
+    draw, width = _plot_values, 5.6
+    if results[0].point.sweep == "cost":
+        draw, width, heights = _plot_costs, 7.5, [5.5]
+    elif any(result.point.x is None for result in results):
+        rows, columns, heights = len(by_mode), 1, [1.1 + 0.25 * len(chosen) for chosen in by_mode.values()]
+        draw, width = _plot_ways, 8.5
+    figure, _ = pyplot.subplots(
+        rows, columns, figsize=(width * columns, sum(heights)), height_ratios=heights, layout="constrained"
     )
-    for mode, axes in zip(modes, panels[0], strict=True):
-        chosen = [result for result in results if result.point.mode == mode]
-        axes.set_title(mode)
-        if by_cost:
-            _plot_costs(axes, chosen)
-        else:
-            _plot_distances(axes, chosen, floor=floor)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5 * len(modes)))
+    for (mode, chosen), panel in zip(by_mode.items(), figure.axes, strict=True):
+        panel.set_title(mode)
+        draw(panel, chosen, floor / chosen[0].frechet.value)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5 * columns))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
-    """What is gained over what it takes: a colour for each method, a marker for each way to guide less often."""
+def _ratio(change: Change) -> tuple[float, list[list[float]]]:
+    """The Fréchet distance, times that without guidance, and how far below and above the ends of its interval are."""
+    return 1 + change.value, [[change.value - change.low], [change.high - change.value]]
+
+
+def _ratio_axis(axes: Any, name: Literal["x", "y"], results: Sequence[Result], *, floor: float | None) -> None:
+    """Makes an axis that of ``_ratio``, with lines for no guidance and, if it is given, for the best that can be."""
+    getattr(axes, f"set_{name}label")("Fréchet distance, times that without guidance")
+    if max(1 + result.change.high for result in results if result.change) > 4:
+        getattr(axes, f"set_{name}scale")("log")
+        ticker, axis = importlib.import_module("matplotlib.ticker"), getattr(axes, f"{name}axis")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    line = axes.axvline if name == "x" else axes.axhline
+    line(1, color="C1", linestyle="--", label="no guidance")
+    if floor is not None:
+        line(floor, color="grey", linestyle=":", label="a perfect U-Net")
+
+
+def _plot_costs(axes: Any, results: Sequence[Result], floor: float) -> None:
+    """Over what it takes: a colour for each method, a marker for each way to guide less often. The floor is far off."""
+    del floor
     unguided, guided = results[0].gigaflops, [result for result in results if result.change is not None]
     named = [result.point.label.partition(", ")[::2] for result in guided]
     colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
     markers = dict(zip(dict.fromkeys(when for _, when in named), "os^vDXP<>", strict=False))
-    axes.axhline(0, color="grey", linestyle="--")
+    _ratio_axis(axes, "y", results, floor=None)
     for result, (method, when) in zip(guided, named, strict=True):
         assert result.change is not None
-        cost, value = result.gigaflops / unguided, 100 * result.change.value
-        ends = [[value - 100 * result.change.low], [100 * result.change.high - value]]
+        cost, (value, ends) = result.gigaflops / unguided, _ratio(result.change)
         axes.errorbar(cost, value, yerr=ends, capsize=2, color=colours[method], alpha=0.25)
         axes.plot(cost, value, markers[when], color=colours[method])
     for method, colour in colours.items():
@@ -206,25 +229,25 @@ def _plot_costs(axes: Any, results: Sequence[Result]) -> None:
         label = when.replace("every 1", "all steps").replace("every", "one step in")
         axes.plot([], [], marker, color="grey", label=label, linestyle="none")
     axes.set_xlabel("work, times that without guidance")
-    axes.set_ylabel("change of the Fréchet distance, %")
 
 
-def _plot_distances(axes: Any, results: Sequence[Result], *, floor: float) -> None:
-    """Over the sweep's value, or a bar for each way of guiding; lines for no guidance and for the best that can be."""
-    unguided, guided = results[0].frechet.value, results[1:]
-    values = [result.frechet.value for result in guided]
-    margins = [result.frechet.margin for result in guided]
-    over_values = all(result.point.x is not None for result in guided)
-    if over_values:
-        axes.errorbar([result.point.x for result in guided], values, yerr=margins, fmt="o-", capsize=3)
-        axes.set_xlabel(results[0].point.sweep)
-        axes.set_ylabel("Fréchet distance")
-        axes.set_ylim(bottom=0)
-    else:
-        axes.barh(range(len(guided)), values, xerr=margins, capsize=3)
-        axes.set_yticks(range(len(guided)), [result.point.label for result in guided])
-        axes.set_ylim(len(guided) - 0.5, -0.5)
-        axes.set_xlabel("Fréchet distance")
-    line = axes.axhline if over_values else axes.axvline
-    line(unguided, color="C1", linestyle="--", label="no guidance")
-    line(floor, color="grey", linestyle=":", label="drawn pictures, through the autoencoder")
+def _plot_values(axes: Any, results: Sequence[Result], floor: float) -> None:
+    """Over the sweep's value."""
+    _ratio_axis(axes, "y", results, floor=floor)
+    curve = [(result.point.x, result.change) for result in results if result.change is not None]
+    for x, change in curve:
+        value, ends = _ratio(change)
+        axes.errorbar(x, value, yerr=ends, fmt="o", capsize=3, color="C0")
+    axes.plot([x for x, _ in curve], [1 + change.value for _, change in curve], color="C0")
+    axes.set_xlabel(axis_title(results[0].point.sweep))
+
+
+def _plot_ways(axes: Any, results: Sequence[Result], floor: float) -> None:
+    """A line for each way of guiding."""
+    _ratio_axis(axes, "x", results, floor=floor)
+    ways = [(result.point.label, result.change) for result in results if result.change is not None]
+    for place, (_, change) in enumerate(ways):
+        value, ends = _ratio(change)
+        axes.errorbar(value, place, xerr=ends, fmt="o", capsize=3, color="C0")
+    axes.set_yticks(range(len(ways)), [label for label, _ in ways])
+    axes.set_ylim(len(ways) - 0.5, -0.5)

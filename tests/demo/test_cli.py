@@ -216,6 +216,27 @@ def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
     assert together.split("|")[4].startswith(f" {100 * (both / pag - 1):+.0f} % (")
 
 
+def test_plots_name_what_they_show(judge: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes may have other ways of guiding than each other, and each is drawn where its change is."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    wanted = [point for point in points_of_two_steps() if not (point.captioned and "SAG" in point.label)]
+    judge.make_all(wanted)
+    results = [judge.result(point) for point in wanted]
+    report.plot_sweep(results, tmp_path / "plot.png", floor=1.0)
+    panels = pyplot.gcf().axes
+    assert [axes.get_title() for axes in panels] == list(dict.fromkeys(point.mode for point in wanted))
+    for axes in panels:
+        shown = [result for result in results if result.point.mode == axes.get_title() and result.change]
+        assert [label.get_text() for label in axes.get_yticklabels()] == [result.point.label for result in shown]
+        drawn = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
+        assert drawn == [(pytest.approx(1 + result.change.value), place) for place, result in enumerate(shown)]
+
+
+def test_axes_of_sweeps_are_titled() -> None:
+    assert points.axis_title("pag-input-start") == "PAG start, PAG blocks input.1, PAG scale 3"
+
+
 def test_docs_get_the_tables_between_their_marks(judge: Evaluation, tmp_path: Path) -> None:
     wanted = points_of_two_steps()
     judge.make_all(wanted)
