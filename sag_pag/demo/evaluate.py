@@ -46,7 +46,7 @@ class Size:
     """
 
     groups: int = 10
-    group: int = 100
+    group: int = 50
     batch: int = 20
     first: int = 0
 

@@ -38,7 +38,7 @@ class Point:
     def baseline(self) -> Point:
         """The same from noise on and without guidance."""
         recipe = replace(self.recipe, settings=Settings(), every=1, begin=0.0)
-        return replace(self, label="none", recipe=recipe, x=0.0)
+        return replace(self, label="from noise alone" if self.recipe.begin else "none", recipe=recipe, x=0.0)
 
     def alone(self, feature: Feature) -> Point:
         """The same with the other feature switched off."""
@@ -64,24 +64,27 @@ def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1
     return Recipe(settings=settings, cfg=3.0 if mode == "captioned, CFG 3" else 1.0, steps=steps, every=every)
 
 
+def _switched_on(*features: Feature) -> dict[str, object]:
+    return {f"{feature}_enabled": True for feature in features}
+
+
+_GRID: dict[str, dict[str, object]] = {
+    "SAG": _switched_on("sag"),
+    f"PAG {PAG_SCALE:g}": _switched_on("pag"),
+    f"SAG+PAG {PAG_SCALE:g}": _switched_on("sag", "pag"),
+}
+"""What the grid shows beside no guidance."""
+
+
 def default_points(steps: int = 20) -> list[Point]:
     """No guidance, SAG, PAG and both, and PAG at the extension's own default scale, in every mode."""
-    variants: dict[str, dict[str, object]] = {
-        "none": {},
-        "SAG": _switched_on("sag"),
-        f"PAG {PAG_SCALE:g}": _switched_on("pag"),
-        f"SAG+PAG {PAG_SCALE:g}": _switched_on("sag", "pag"),
-        f"PAG {PANEL_PAG_SCALE:g}": {"pag_scale": PANEL_PAG_SCALE},
-    }
+    panel: dict[str, object] = {"pag_scale": PANEL_PAG_SCALE}
+    variants: dict[str, dict[str, object]] = {"none": {}, **_GRID, f"PAG {PANEL_PAG_SCALE:g}": panel}
     return [
         Point(DEFAULT, label, mode, _recipe(mode, values, steps=steps))
         for mode in MODES
         for label, values in variants.items()
     ]
-
-
-def _switched_on(*features: Feature) -> dict[str, object]:
-    return {f"{feature}_enabled": True for feature in features}
 
 
 INPUT_BLOCK = "input.1"
@@ -112,43 +115,50 @@ _BEGINS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Where the model goes on from drawn pictures under noise, unguided: from which noise level on is it right?"""
 
 _IN_INPUT_BLOCK: dict[str, object] = {"pag_scale": PANEL_PAG_SCALE, "pag_blocks": INPUT_BLOCK}
-_LATER: dict[str, dict[str, object]] = {
-    f"PAG {PANEL_PAG_SCALE:g}, {INPUT_BLOCK}, 0.15 to 1": {**_IN_INPUT_BLOCK, "pag_start": 0.15},
-}
+_PAG_LATER: dict[str, object] = {**_IN_INPUT_BLOCK, "pag_start": 0.15}
+_PAG_LATER_NAME = f"PAG {PANEL_PAG_SCALE:g} ({INPUT_BLOCK}, 0.15 to 1)"
+_SAG_LATER: dict[str, object] = {"sag_start": 0.25}
+_SAG_LATER_NAME = "SAG (0.25 to 1)"
 _CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
     "unconditional": {
-        "PAG 0.5": {"pag_scale": 0.5},
-        "PAG 1, 0 to 0.25": {"pag_scale": 1.0, "pag_end": 0.25},
-        "PAG 0.5, input.1 and middle": {"pag_scale": 0.5, "pag_blocks": "input.1, middle"},
-        **_LATER,
-        "SAG": _switched_on("sag"),
-        "SAG, 0.25 to 1": {"sag_start": 0.25},
-        "SAG+PAG 0.5, SAG 0.25 to 1": {"pag_scale": 0.5, "sag_start": 0.25},
-        f"SAG+PAG {PANEL_PAG_SCALE:g}, {INPUT_BLOCK}, 0.15 to 1, SAG 0.25 to 1": {
-            **_IN_INPUT_BLOCK, "pag_start": 0.15, "sag_start": 0.25,
-        },
+        **_GRID,
+        "PAG 1 (0 to 0.25)": {"pag_scale": 1.0, "pag_end": 0.25},
+        f"PAG {PAG_SCALE:g} ({INPUT_BLOCK} and middle)": {"pag_blocks": f"{INPUT_BLOCK}, middle"},
+        _PAG_LATER_NAME: _PAG_LATER,
+        _SAG_LATER_NAME: _SAG_LATER,
+        f"{_SAG_LATER_NAME} + PAG {PAG_SCALE:g}": {**_SAG_LATER, "pag_scale": PAG_SCALE},
+        f"{_SAG_LATER_NAME} + {_PAG_LATER_NAME}": {**_SAG_LATER, **_PAG_LATER},
     },
-    "captioned": {**_LATER, "SAG, 0.25 to 1": {"sag_start": 0.25}},
-    "captioned, CFG 3": {**_LATER, f"PAG {PANEL_PAG_SCALE:g}, {INPUT_BLOCK}": _IN_INPUT_BLOCK},
+    "captioned": {**_GRID, _PAG_LATER_NAME: _PAG_LATER, _SAG_LATER_NAME: _SAG_LATER},
+    "captioned, CFG 3": {
+        **_GRID, _PAG_LATER_NAME: _PAG_LATER, f"PAG {PANEL_PAG_SCALE:g} ({INPUT_BLOCK})": _IN_INPUT_BLOCK,
+    },
 }  # fmt: skip
-"""The best of the other sweeps (and SAG at its very defaults), for seeds that they were not chosen on."""
+"""What the grid shows, and the best of the other sweeps, for seeds that they were not chosen on."""
 
-SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", "chosen")
+CHOSEN = "chosen"
+SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", CHOSEN)
+ON_FIRST_SEEDS = (DEFAULT, *(sweep for sweep in SWEEPS if sweep != CHOSEN))
+"""Measured on the first groups of seeds; what was chosen there is for others."""
+_IN_ALL_MODES = ("pag-input-start", CHOSEN)
 
 
 def axis_title(sweep: str) -> str:
     """What ``Point.x`` is in a sweep whose points have one."""
     if sweep not in _SCALARS:
-        return "share of the steps that is not the model's own"
+        return "noise level that it goes on from"
     name, _, others = _SCALARS[sweep]
     kept = [f"{PARAMETERS[other].infotext} {PARAMETERS[other].format(value)}" for other, value in others.items()]
-    return ", ".join([PARAMETERS[name].infotext, *kept])
+    return PARAMETERS[name].infotext + (f" ({', '.join(kept)})" if kept else "")
 
 
-def sweep_points(sweep: str, *, modes: Sequence[Mode] = SWEPT_MODES, steps: int = 20) -> list[Point]:
-    """The points of one sweep, the unguided one first. Raises ``ValueError`` for an unknown sweep."""
+def sweep_points(sweep: str, *, modes: Sequence[Mode] = (), steps: int = 20) -> list[Point]:
+    """The points of one sweep, each mode's unguided one first. Raises ``ValueError`` for an unknown sweep.
+
+    Without ``modes`` in those that the sweep is made for.
+    """
     points: list[Point] = []
-    for mode in modes:
+    for mode in modes or (MODES if sweep in _IN_ALL_MODES else SWEPT_MODES):
         added = _begins(mode, steps) if sweep == "begin" else [
             Point(sweep, label, mode, _recipe(mode, values, steps=steps, every=every), x)
             for label, values, every, x in _variants(sweep, mode)
@@ -160,8 +170,9 @@ def sweep_points(sweep: str, *, modes: Sequence[Mode] = SWEPT_MODES, steps: int 
 def _begins(mode: Mode, steps: int) -> list[Point]:
     found = []
     for begin in _BEGINS:
-        label = f"from noise level {noise_levels(steps, begin)[0]:.1f}"
-        found.append(Point("begin", label, mode, replace(_recipe(mode, {}, steps=steps), begin=begin), begin))
+        level = noise_levels(steps, begin)[0]
+        recipe = replace(_recipe(mode, {}, steps=steps), begin=begin)
+        found.append(Point("begin", f"from noise level {level:.1f}", mode, recipe, level))
     return found
 
 
@@ -195,6 +206,6 @@ def _variants(sweep: str, mode: Mode) -> list[tuple[str, dict[str, object], int,
                 limits |= {f"{feature}_end": end for feature in features}
                 variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, 1, None))
         return variants
-    if sweep == "chosen":
+    if sweep == CHOSEN:
         return [(label, values, 1, None) for label, values in _CHOSEN[mode].items()]
     raise ValueError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")

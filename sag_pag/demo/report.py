@@ -109,9 +109,10 @@ def footnote(judge: Evaluation, floor: Floor) -> str:
     size, precision = judge.size, "bfloat16" if judge.bf16 else "float32"
     return (
         f"{size.total} samples a line, in {size.groups} groups of seeds, {size.first} to {size.numbers[-1]}; "
-        f"intervals of 95 %; computed in {precision}. As many drawn pictures against the same {len(judge.drawn)} "
-        f"drawn ones: Fréchet distance {floor.frechet}, and {floor.decoded} after the autoencoder, which is what a "
-        f"perfect U-Net would get; precision {_share(floor.precision)}, recall {_share(floor.recall)}, sizes off "
+        f"intervals of 95 %; computed in {precision}. The Fréchet distance is from {len(judge.drawn)} drawn pictures, "
+        f"precision and recall are against {size.total} of them. {size.total} other drawn pictures get a Fréchet "
+        f"distance of {floor.frechet}, and of {floor.decoded} after the autoencoder, which is what a perfect U-Net "
+        f"would get; precision {_share(floor.precision)}, recall {_share(floor.recall)}, sizes off "
         f"{_share(floor.sizes_off)}, shapes off {_share(floor.shapes_off)}, two objects in "
         f"{_share(floor.two_objects)}.\n"
     )
@@ -154,7 +155,8 @@ def _write_docs(page: Path, sweep: str, table: str, files: Sequence[Path]) -> li
     copies = [folder / path.name for path in files]
     for path, copy in zip(files, copies, strict=True):
         copy.write_bytes(path.read_bytes())
-    shown = "".join(f"![{sweep}]({folder.name}/{copy.name})\n\n" for copy in copies if copy.suffix == ".png")
+    plots = [copy for copy in copies if copy.suffix == ".png"]
+    shown = "".join(f"![Plot of the table below]({folder.name}/{plot.name})\n\n" for plot in plots)
     write_part(page, *marks(sweep), f"\n{shown}{table}")
     return [*copies, page]
 
@@ -178,62 +180,73 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
     elif any(result.point.x is None for result in results):
         rows, columns, heights = len(by_mode), 1, [1.1 + 0.25 * len(chosen) for chosen in by_mode.values()]
         draw, width = _plot_ways, 8.5
+    wide = max(1 + result.change.high for result in results if result.change) > 4
     figure, _ = pyplot.subplots(
-        rows, columns, figsize=(width * columns, sum(heights)), height_ratios=heights, layout="constrained"
-    )
+        rows, columns, figsize=(width * columns, sum(heights)), height_ratios=heights, layout="constrained",
+        sharex=rows > 1, sharey=columns > 1,
+    )  # fmt: skip
     for (mode, chosen), panel in zip(by_mode.items(), figure.axes, strict=True):
         panel.set_title(mode)
-        draw(panel, chosen, floor / chosen[0].frechet.value)
+        draw(panel, chosen, floor / chosen[0].frechet.value, wide=wide)
+    title_ratios = figure.axes[-1].set_xlabel if rows > 1 else figure.axes[0].set_ylabel
+    title_ratios(f"relative Fréchet distance\n({'log scale, ' if wide else ''}95 % intervals)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5 * columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4 * columns))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _ratio(change: Change) -> tuple[float, list[list[float]]]:
-    """The Fréchet distance, times that without guidance, and how far below and above the ends of its interval are."""
+    """The Fréchet distance, times the baseline's, and how far below and above the ends of its interval are."""
     return 1 + change.value, [[change.value - change.low], [change.high - change.value]]
 
 
-def _ratio_axis(axes: Any, name: Literal["x", "y"], results: Sequence[Result], *, floor: float | None) -> None:
-    """Makes an axis that of ``_ratio``, with lines for no guidance and, if it is given, for the best that can be."""
-    getattr(axes, f"set_{name}label")("Fréchet distance, times that without guidance")
-    if max(1 + result.change.high for result in results if result.change) > 4:
+def _ratio_axis(
+    axes: Any, name: Literal["x", "y"], results: Sequence[Result], *, wide: bool, floor: float | None
+) -> None:
+    """Makes an axis that of ``_ratio``, with lines for the baseline and, if it is given, for the best that can be.
+
+    A ``wide`` one is logarithmic.
+    """
+    if wide:
         getattr(axes, f"set_{name}scale")("log")
         ticker, axis = importlib.import_module("matplotlib.ticker"), getattr(axes, f"{name}axis")
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     line = axes.axvline if name == "x" else axes.axhline
-    line(1, color="C1", linestyle="--", label="no guidance")
+    baseline = results[0].point.label
+    line(1, color="black", linestyle="--", label="no guidance" if baseline == "none" else baseline)
     if floor is not None:
         line(floor, color="grey", linestyle=":", label="a perfect U-Net")
 
 
-def _plot_costs(axes: Any, results: Sequence[Result], floor: float) -> None:
+def _plot_costs(axes: Any, results: Sequence[Result], floor: float, *, wide: bool) -> None:
     """Over what it takes: a colour for each method, a marker for each way to guide less often. The floor is far off."""
     del floor
     unguided, guided = results[0].gigaflops, [result for result in results if result.change is not None]
     named = [result.point.label.partition(", ")[::2] for result in guided]
     colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
     markers = dict(zip(dict.fromkeys(when for _, when in named), "os^vDXP<>", strict=False))
-    _ratio_axis(axes, "y", results, floor=None)
+    _ratio_axis(axes, "y", results, wide=wide, floor=None)
     for result, (method, when) in zip(guided, named, strict=True):
         assert result.change is not None
-        cost, (value, ends) = result.gigaflops / unguided, _ratio(result.change)
+        beside = 0.006 * (list(markers).index(when) - len(markers) / 2)  # equal costs would hide one another
+        cost, (value, ends) = result.gigaflops / unguided + beside, _ratio(result.change)
         axes.errorbar(cost, value, yerr=ends, capsize=2, color=colours[method], alpha=0.25)
         axes.plot(cost, value, markers[when], color=colours[method])
     for method, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=method)
     for when, marker in markers.items():
         label = when.replace("every 1", "all steps").replace("every", "one step in")
+        label = label if "step" in label else f"{label} of the steps"
         axes.plot([], [], marker, color="grey", label=label, linestyle="none")
     axes.set_xlabel("work, times that without guidance")
 
 
-def _plot_values(axes: Any, results: Sequence[Result], floor: float) -> None:
+def _plot_values(axes: Any, results: Sequence[Result], floor: float, *, wide: bool) -> None:
     """Over the sweep's value."""
-    _ratio_axis(axes, "y", results, floor=floor)
+    _ratio_axis(axes, "y", results, wide=wide, floor=floor)
     curve = [(result.point.x, result.change) for result in results if result.change is not None]
     for x, change in curve:
         value, ends = _ratio(change)
@@ -242,9 +255,9 @@ def _plot_values(axes: Any, results: Sequence[Result], floor: float) -> None:
     axes.set_xlabel(axis_title(results[0].point.sweep))
 
 
-def _plot_ways(axes: Any, results: Sequence[Result], floor: float) -> None:
+def _plot_ways(axes: Any, results: Sequence[Result], floor: float, *, wide: bool) -> None:
     """A line for each way of guiding."""
-    _ratio_axis(axes, "x", results, floor=floor)
+    _ratio_axis(axes, "x", results, wide=wide, floor=floor)
     ways = [(result.point.label, result.change) for result in results if result.change is not None]
     for place, (_, change) in enumerate(ways):
         value, ends = _ratio(change)

@@ -210,7 +210,7 @@ def test_results_are_written(judge: Evaluation, tmp_path: Path) -> None:
     assert float(rows[1]["gflop_per_picture"]) > 1.9 * float(rows[0]["gflop_per_picture"])
     table = (tmp_path / "default.md").read_text()
     assert table.count("\n| ") == 1 + 10 + 2 + 2
-    assert "As many drawn pictures against the same 200 drawn ones" in table
+    assert "from 200 drawn pictures, precision and recall are against 8 of them. 8 other drawn pictures" in table
     together = [line for line in table.splitlines() if line.startswith("| unconditional | SAG+PAG 0.5 |")][1]
     both, pag = float(rows[3]["frechet"]), float(rows[2]["frechet"])
     assert together.split("|")[4].startswith(f" {100 * (both / pag - 1):+.0f} % (")
@@ -234,7 +234,7 @@ def test_plots_name_what_they_show(judge: Evaluation, tmp_path: Path, monkeypatc
 
 
 def test_axes_of_sweeps_are_titled() -> None:
-    assert points.axis_title("pag-input-start") == "PAG start, PAG blocks input.1, PAG scale 3"
+    assert points.axis_title("pag-input-start") == "PAG start (PAG blocks input.1, PAG scale 3)"
 
 
 def test_docs_get_the_tables_between_their_marks(judge: Evaluation, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_docs_get_the_tables_between_their_marks(judge: Evaluation, tmp_path: Pa
     assert "old" not in text
     assert text.count("| unconditional | PAG 0.5 |") == 1
     assert "8 samples a line, in 2 groups of seeds, 0 to 1" in text
-    assert ("![default" in text) == plots == (tmp_path / "page" / "default.png").is_file()
+    assert ("](page/default.png)" in text) == plots == (tmp_path / "page" / "default.png").is_file()
     assert (tmp_path / "page" / "default.csv").read_bytes() == (tmp_path / "default.csv").read_bytes()
 
 
@@ -308,6 +308,33 @@ def test_sweeps_start_from_their_baseline(sweep: str) -> None:
         assert len({point.label for point in chosen}) == len(chosen) >= 3
 
 
+@pytest.mark.parametrize("sweep", points.SWEEPS)
+def test_sweeps_have_modes_of_their_own(sweep: str) -> None:
+    """What is asked of every mode is measured in every one."""
+    wanted = points.MODES if sweep in ("chosen", "pag-input-start") else ("unconditional", "captioned, CFG 3")
+    assert tuple(dict.fromkeys(point.mode for point in sweep_points(sweep))) == wanted
+
+
+def key_of(point: Point) -> str:
+    return point.key(judged="weights", group_size=50, bf16=True)
+
+
+def test_what_the_grid_shows_is_measured_on_fresh_seeds_in_every_mode() -> None:
+    shown = [point for point in default_points() if point.label != f"PAG {points.PANEL_PAG_SCALE:g}"]
+    fresh = sweep_points("chosen")
+    assert len(shown) == 4 * len(points.MODES)
+    assert {(point.mode, point.label, key_of(point)) for point in shown} <= {
+        (point.mode, point.label, key_of(point)) for point in fresh
+    }
+
+
+def test_going_on_from_drawn_pictures_is_compared_with_beginning_from_noise() -> None:
+    baseline, *others = sweep_points("begin", modes=["unconditional"])
+    assert baseline.label == "from noise alone"
+    assert [f"from noise level {point.x:.1f}" for point in others] == [point.label for point in others]
+    assert [point.x for point in others] == sorted((point.x for point in others), reverse=True)
+
+
 def test_unknown_sweep() -> None:
     with pytest.raises(ValueError, match="unknown sweep 'x'; known are pag-scale"):
         sweep_points("x")
@@ -321,3 +348,10 @@ def test_sweeps_in_a_chosen_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cli.main([*command, "--no-plots", "--mode", "captioned"])
     assert {point.mode for point in made if point.sweep == "pag-scale"} == {"captioned"}
     assert {point.mode for point in made if point.sweep == "default"} == set(points.MODES)
+
+
+def test_all_leaves_out_what_is_for_other_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Point] = []
+    monkeypatch.setattr(Evaluation, "make_all", lambda self, points, **_: made.extend(points))
+    cli.main(["evaluate", "--all", "--part", "1/2", "--out", str(tmp_path), "--no-plots"])
+    assert {point.sweep for point in made} == {"default", *points.SWEEPS} - {"chosen"}
