@@ -35,7 +35,7 @@ else
   echo "no chromium: the demo's page was not tried in a browser"
 fi
 if [ -n "${WEBUI_DIR:-}" ]; then
-  .venv/bin/python -m pytest -q tests/webui
+  .venv-page/bin/python -m pytest -q tests/webui
 else
   echo "WEBUI_DIR is not set: the tests in a real WebUI did not run"
 fi

@@ -118,18 +118,25 @@ def test_the_map_is_there(page: Any) -> None:
     screenshot(page, "page-map")
 
 
-def test_a_caption_becomes_two_different_pictures(page: Any) -> None:
+@pytest.fixture(scope="module")
+def generated(page: Any) -> dict[str, list[str]]:
+    """The pictures shown first without guidance, then with PAG, by what the page says of them."""
     assert page.locator(f"{PANEL}_pag_scale").is_visible()
     fill(page, "#demo_caption", "yellow moon on black")
     fill(page, "#demo_seeds", "3, 5")
     page.locator("#demo_steps input[type=number]").fill("3")
-    assert "tick PAG or SAG" in generate(page)
-    before, after = sources(page)
-    assert before == after
+    unguided = generate(page)
+    shown = {unguided: sources(page)}
     page.locator(f"{PANEL}_pag_enabled input").check()
-    assert "with PAG 0.5" in generate(page)
+    return shown | {generate(page): sources(page)}
+
+
+def test_a_caption_becomes_two_different_pictures(page: Any, generated: dict[str, list[str]]) -> None:
+    (unguided, (before, after)), (said, guided) = generated.items()
+    assert "tick PAG or SAG" in unguided
+    assert before == after
+    assert "with PAG 0.5" in said
     screenshot(page, "demo-page")
-    guided = sources(page)
     assert guided[0] == before
     assert guided[1] != before
     assert page.locator(".demo-after").get_attribute("alt") == "yellow moon on black; seed 3, with PAG 0.5"
@@ -137,6 +144,7 @@ def test_a_caption_becomes_two_different_pictures(page: Any) -> None:
     assert gallery == [f"seed {seed}, {name}" for seed in (3, 5) for name in ("without guidance", "with PAG 0.5")]
 
 
+@pytest.mark.usefixtures("generated")
 def test_the_slider_is_moved_by_keyboard(page: Any) -> None:
     slider = page.locator(".demo-compare input[type=range]")
     assert "without guidance" in slider.get_attribute("aria-label")
@@ -151,6 +159,7 @@ def test_the_slider_is_moved_by_keyboard(page: Any) -> None:
     screenshot(page, "demo-page-slider")
 
 
+@pytest.mark.usefixtures("generated")
 def test_a_picture_of_the_gallery_is_compared(page: Any) -> None:
     first = sources(page)
     page.locator("#demo_gallery .thumbnail-item").nth(3).click()
