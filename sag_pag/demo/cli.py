@@ -219,7 +219,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     """The proof: Fréchet distance, precision, recall, caption agreement."""
     parser = _new_parser("evaluate", "Measures what guidance does to many samples; goes on where it was stopped.")
     parser.epilog = (
-        "The default set takes about 40 minutes of one core; on two cores run it twice at once with --threads 1, as"
+        "The default set takes about half an hour of one core; on two cores run it twice at once with --threads 1, as"
         " --part 1/2 and --part 2/2, which takes half of that, and then once more without --part for the results."
     )
     parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
