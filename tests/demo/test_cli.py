@@ -231,6 +231,25 @@ def test_plots_name_what_they_show(judge: Evaluation, tmp_path: Path, monkeypatc
         assert [label.get_text() for label in axes.get_yticklabels()] == [result.point.label for result in shown]
         drawn = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
         assert drawn == [(pytest.approx(1 + result.change.value), place) for place, result in enumerate(shown)]
+    assert len({axes.get_xlim() for axes in panels}) == 1
+    assert panels[-1].get_xlabel() == "relative Fréchet distance\n(95 % intervals)"
+
+
+def test_plots_of_a_wide_range_say_that_they_are_logarithmic(
+    judge: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    wanted = points_of_two_steps()
+    judge.make_all(wanted)
+    results = [judge.result(point) for point in wanted]
+    last = results[-1].change
+    assert last is not None
+    wide = replace(results[-1], change=replace(last, high=3.1))
+    report.plot_sweep([*results[:-1], wide], tmp_path / "plot.png", floor=1.0)
+    panels = pyplot.gcf().axes
+    assert {axes.get_xscale() for axes in panels} == {"log"}
+    assert panels[-1].get_xlabel() == "relative Fréchet distance\n(log scale, 95 % intervals)"
 
 
 def test_axes_of_sweeps_are_titled() -> None:
