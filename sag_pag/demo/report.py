@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sag_pag.demo.evaluate import Evaluation, Floor, Result
 from sag_pag.demo.metrics import Change, Estimate
@@ -174,22 +174,28 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
     for result in results:
         by_mode.setdefault(result.point.mode, []).append(result)
     rows, columns, heights = 1, len(by_mode), [4.0]
-    draw, width = _plot_values, 5.6
+    draw, width, ratios = _plot_values, 5.6, "y"
     if results[0].point.sweep == "cost":
         draw, width, heights = _plot_costs, 7.5, [5.5]
     elif any(result.point.x is None for result in results):
         rows, columns, heights = len(by_mode), 1, [1.1 + 0.25 * len(chosen) for chosen in by_mode.values()]
-        draw, width = _plot_ways, 8.5
-    wide = max(1 + result.change.high for result in results if result.change) > 4
+        draw, width, ratios = _plot_ways, 8.5, "x"
     figure, _ = pyplot.subplots(
         rows, columns, figsize=(width * columns, sum(heights)), height_ratios=heights, layout="constrained",
-        sharex=rows > 1, sharey=columns > 1,
+        sharex=ratios == "x", sharey=ratios == "y",
     )  # fmt: skip
     for (mode, chosen), panel in zip(by_mode.items(), figure.axes, strict=True):
         panel.set_title(mode)
-        draw(panel, chosen, floor / chosen[0].frechet.value, wide=wide)
-    title_ratios = figure.axes[-1].set_xlabel if rows > 1 else figure.axes[0].set_ylabel
-    title_ratios(f"relative Fréchet distance\n({'log scale, ' if wide else ''}95 % intervals)")
+        draw(panel, chosen, floor / chosen[0].frechet.value)
+    wide = max(1 + result.change.high for result in results if result.change) > 4
+    titled = figure.axes[-1 if ratios == "x" else 0]
+    getattr(titled, f"set_{ratios}label")(f"relative Fréchet distance\n({'log scale, ' if wide else ''}95 % intervals)")
+    if wide:  # of all panels, which share this axis
+        getattr(titled, f"set_{ratios}scale")("log")
+        ticker, axis = importlib.import_module("matplotlib.ticker"), getattr(titled, f"{ratios}axis")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4 * columns))
     figure.savefig(path, dpi=110)
@@ -201,34 +207,22 @@ def _ratio(change: Change) -> tuple[float, list[list[float]]]:
     return 1 + change.value, [[change.value - change.low], [change.high - change.value]]
 
 
-def _ratio_axis(
-    axes: Any, name: Literal["x", "y"], results: Sequence[Result], *, wide: bool, floor: float | None
-) -> None:
-    """Makes an axis that of ``_ratio``, with lines for the baseline and, if it is given, for the best that can be.
-
-    A ``wide`` one is logarithmic.
-    """
-    if wide:
-        getattr(axes, f"set_{name}scale")("log")
-        ticker, axis = importlib.import_module("matplotlib.ticker"), getattr(axes, f"{name}axis")
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("")
-    line = axes.axvline if name == "x" else axes.axhline
+def _draw_limits(line: Callable[..., object], results: Sequence[Result], *, floor: float | None) -> None:
+    """Lines across for the baseline and, if it is given, for the best that can be."""
     baseline = results[0].point.label
     line(1, color="black", linestyle="--", label="no guidance" if baseline == "none" else baseline)
     if floor is not None:
         line(floor, color="grey", linestyle=":", label="a perfect U-Net")
 
 
-def _plot_costs(axes: Any, results: Sequence[Result], floor: float, *, wide: bool) -> None:
+def _plot_costs(axes: Any, results: Sequence[Result], floor: float) -> None:
     """Over what it takes: a colour for each method, a marker for each way to guide less often. The floor is far off."""
     del floor
     unguided, guided = results[0].gigaflops, [result for result in results if result.change is not None]
     named = [result.point.label.partition(", ")[::2] for result in guided]
     colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for method, _ in named))}
     markers = dict(zip(dict.fromkeys(when for _, when in named), "os^vDXP<>", strict=False))
-    _ratio_axis(axes, "y", results, wide=wide, floor=None)
+    _draw_limits(axes.axhline, results, floor=None)
     for result, (method, when) in zip(guided, named, strict=True):
         assert result.change is not None
         beside = 0.006 * (list(markers).index(when) - len(markers) / 2)  # equal costs would hide one another
@@ -244,9 +238,9 @@ def _plot_costs(axes: Any, results: Sequence[Result], floor: float, *, wide: boo
     axes.set_xlabel("work, times that without guidance")
 
 
-def _plot_values(axes: Any, results: Sequence[Result], floor: float, *, wide: bool) -> None:
+def _plot_values(axes: Any, results: Sequence[Result], floor: float) -> None:
     """Over the sweep's value."""
-    _ratio_axis(axes, "y", results, wide=wide, floor=floor)
+    _draw_limits(axes.axhline, results, floor=floor)
     curve = [(result.point.x, result.change) for result in results if result.change is not None]
     for x, change in curve:
         value, ends = _ratio(change)
@@ -255,9 +249,9 @@ def _plot_values(axes: Any, results: Sequence[Result], floor: float, *, wide: bo
     axes.set_xlabel(axis_title(results[0].point.sweep))
 
 
-def _plot_ways(axes: Any, results: Sequence[Result], floor: float, *, wide: bool) -> None:
+def _plot_ways(axes: Any, results: Sequence[Result], floor: float) -> None:
     """A line for each way of guiding."""
-    _ratio_axis(axes, "x", results, wide=wide, floor=floor)
+    _draw_limits(axes.axvline, results, floor=floor)
     ways = [(result.point.label, result.change) for result in results if result.change is not None]
     for place, (_, change) in enumerate(ways):
         value, ends = _ratio(change)

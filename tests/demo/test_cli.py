@@ -252,6 +252,19 @@ def test_plots_of_a_wide_range_say_that_they_are_logarithmic(
     assert panels[-1].get_xlabel() == "relative Fréchet distance\n(log scale, 95 % intervals)"
 
 
+def test_ratios_are_named_beside_a_single_panel_too(
+    judge: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    wanted = [point for point in points_of_two_steps() if not point.captioned]
+    judge.make_all(wanted)
+    report.plot_sweep([judge.result(point) for point in wanted], tmp_path / "plot.png", floor=1.0)
+    (panel,) = pyplot.gcf().axes
+    assert panel.get_xlabel() == "relative Fréchet distance\n(95 % intervals)"
+    assert panel.get_ylabel() == ""
+
+
 def test_axes_of_sweeps_are_titled() -> None:
     assert points.axis_title("pag-input-start") == "PAG start (PAG blocks input.1, PAG scale 3)"
 

@@ -119,20 +119,19 @@ def test_the_map_is_there(page: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def generated(page: Any) -> dict[str, list[str]]:
-    """The pictures shown first without guidance, then with PAG, by what the page says of them."""
+def generated(page: Any) -> tuple[tuple[str, list[str]], ...]:
+    """What the page says, and the pictures it shows, first without guidance, then with PAG."""
     assert page.locator(f"{PANEL}_pag_scale").is_visible()
     fill(page, "#demo_caption", "yellow moon on black")
     fill(page, "#demo_seeds", "3, 5")
     page.locator("#demo_steps input[type=number]").fill("3")
-    unguided = generate(page)
-    shown = {unguided: sources(page)}
+    unguided = generate(page), sources(page)
     page.locator(f"{PANEL}_pag_enabled input").check()
-    return shown | {generate(page): sources(page)}
+    return unguided, (generate(page), sources(page))
 
 
-def test_a_caption_becomes_two_different_pictures(page: Any, generated: dict[str, list[str]]) -> None:
-    (unguided, (before, after)), (said, guided) = generated.items()
+def test_a_caption_becomes_two_different_pictures(page: Any, generated: tuple[tuple[str, list[str]], ...]) -> None:
+    (unguided, (before, after)), (said, guided) = generated
     assert "tick PAG or SAG" in unguided
     assert before == after
     assert "with PAG 0.5" in said
