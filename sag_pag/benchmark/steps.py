@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sag_pag.blocks import Topology
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, sd2_config, sd15_config, sdxl_config
-from sag_pag.session import GuidedStep, RowLayout, SigmaSpace, plan_step
+from sag_pag.engine.session import GuidedStep, RowLayout, SigmaSpace, plan_step
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
 CONFIGS: dict[str, Callable[[], UNetKwargs]] = {"sd1": sd15_config, "sd2": sd2_config, "sdxl": sdxl_config}

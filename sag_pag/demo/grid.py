@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sag_pag.blocks import Topology
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import Recipe, count_gigaflops, sample
-from sag_pag.session import check_blocks
+from sag_pag.engine.session import check_blocks
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
 CAPTIONS = (

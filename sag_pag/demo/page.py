@@ -24,7 +24,6 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from PIL import Image
 
-from sag_pag.blocks import Topology
 from sag_pag.demo import data
 from sag_pag.demo.autoencoder import FACTOR
 from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
@@ -32,6 +31,7 @@ from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.points import OWN_DEFAULTS
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import PARAMETERS, Settings
 from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.texts import PANEL as TITLE

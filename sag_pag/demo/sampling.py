@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sag_pag.blocks import Topology
-from sag_pag.branch import Denoiser
 from sag_pag.demo.autoencoder import FACTOR, LATENT_CHANNELS
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.schedule import TIMESTEPS, sigma_of, timestep_of
-from sag_pag.session import GuidedStep, RowLayout, SigmaSpace, plan_step
+from sag_pag.engine.branch import Denoiser
+from sag_pag.engine.session import GuidedStep, RowLayout, SigmaSpace, plan_step
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
 Denoise = Callable[[Tensor, float], Tensor]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from sag_pag.blocks import AttentionSite
-from sag_pag.cost import UNetCost
+from sag_pag.engine.cost import UNetCost
+from sag_pag.engine.topology import AttentionSite
 from sag_pag.webui import texts
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from sag_pag.blocks import Topology
-from sag_pag.cost import Pass, PictureCost, UNetCost, picture_cost
-from sag_pag.session import check_blocks
+from sag_pag.engine.cost import Pass, PictureCost, UNetCost, picture_cost
+from sag_pag.engine.session import check_blocks
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import FEATURES, PARAMETERS, Feature, Parameter, SettingError, Settings
 from sag_pag.webui import texts
 from sag_pag.webui.blockmap import block_map, selection

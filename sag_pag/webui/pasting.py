@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from sag_pag.migration import migrate
+from sag_pag.hosts import a1111 as host
 from sag_pag.settings import PARAMETERS, SettingError, complete_infotext
-from sag_pag.webui import host
+from sag_pag.webui.migration import migrate
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from sag_pag.presets import STORE, PresetError, PresetStore
-from sag_pag.session import check_blocks
+from sag_pag.engine.session import check_blocks
 from sag_pag.settings import PARAMETERS, SettingError, Settings
 from sag_pag.webui import texts
+from sag_pag.webui.presets import STORE, PresetError, PresetStore
 
 try:
     from modules.ui_components import ToolButton

@@ -10,11 +10,11 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import sd_models, shared
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictStr
 
-from sag_pag.blocks import AttentionSite
-from sag_pag.cost import UNetCost
-from sag_pag.presets import STORE, PresetError
+from sag_pag.engine.cost import UNetCost
+from sag_pag.engine.topology import AttentionSite
+from sag_pag.hosts import a1111 as host
 from sag_pag.settings import PARAMETERS, Parameter
-from sag_pag.webui import host
+from sag_pag.webui.presets import STORE, PresetError
 
 PREFIX = "/sag-pag/v1"
 

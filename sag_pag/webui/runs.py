@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sag_pag.patching import Forward, forward_replaced
-from sag_pag.session import GuidedStep, SagView, check_blocks, guides_pass, plan_step, unknown_blocks
+from sag_pag.engine.patching import Forward, forward_replaced
+from sag_pag.engine.session import GuidedStep, SagView, check_blocks, guides_pass, plan_step, unknown_blocks
+from sag_pag.hosts import a1111 as host
 from sag_pag.settings import SettingError, Settings
-from sag_pag.webui import host
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
+from sag_pag.hosts import a1111 as host
 from sag_pag.settings import PARAMETERS, SettingError, Settings
-from sag_pag.webui import host, texts, xyz
+from sag_pag.webui import texts, xyz
 from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.pasting import on_infotext_pasted
 from sag_pag.webui.runs import NOTE, VIEWS, Callbacks

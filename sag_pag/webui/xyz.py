@@ -8,10 +8,11 @@ from typing import Any
 
 from modules import scripts
 
-from sag_pag.blocks import Topology
-from sag_pag.session import check_blocks
+from sag_pag.engine.session import check_blocks
+from sag_pag.engine.topology import Topology
+from sag_pag.hosts import a1111 as host
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_switches
-from sag_pag.webui import host, texts
+from sag_pag.webui import texts
 from sag_pag.webui.runs import RefusedError
 
 _PLOTTED = "sag_pag_plotted"

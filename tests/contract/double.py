@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake")
 SCRIPT_FILES = (FAKE / "modules/xyz_grid.py", REPOSITORY / "scripts/sag_pag_script.py")
 TITLE = "Self-Attention & Perturbed-Attention Guidance"
-OURS = ("modules", "gradio", "sag_pag.webui")
+OURS = ("modules", "gradio", "sag_pag.webui", "sag_pag.hosts")
 MODULES = ("shared", "scripts", "processing", "script_callbacks", "errors", "sd_models", "sd_samplers", "sd_unet")
 ROOTS = ("modules", "gradio", "sag_pag")
 

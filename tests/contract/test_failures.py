@@ -107,7 +107,7 @@ def test_the_host_is_not_as_expected(host: Host, monkeypatch: pytest.MonkeyPatch
 
     p = host.processing_for(BOTH)
     with monkeypatch.context() as patch:
-        patch.setattr(f"sag_pag.webui.host.{function}", missing)
+        patch.setattr(f"sag_pag.hosts.a1111.{function}", missing)
         with pytest.raises(AttributeError, match=function):
             host.processing.process_images(p)
     assert "sample" not in vars(p)

@@ -11,8 +11,8 @@ from double import Host
 from PIL import Image
 
 from sag_pag.benchmark.steps import step_config
-from sag_pag.blocks import Topology
 from sag_pag.demo.unet import UNetModel
+from sag_pag.engine.topology import Topology
 
 AROUND = {"width": 512, "height": 768, "steps": 20}
 HIRES = {

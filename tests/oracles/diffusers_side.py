@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sag_pag.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
-from sag_pag.blocks import Topology
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, timestep_embedding
-from sag_pag.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
+from sag_pag.engine.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
+from sag_pag.engine.topology import Topology
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 Pipeline = Any

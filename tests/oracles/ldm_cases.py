@@ -12,8 +12,8 @@ from ldm_host import CONTEXT, TOKENS, Host, Layout, Prediction, Sampler, make_un
 from reference import Sag, perturbed, self_attention_guidance
 from torch import Tensor
 
-from sag_pag.blocks import Topology
-from sag_pag.session import GuidedStep, RowLayout, plan_step
+from sag_pag.engine.session import GuidedStep, RowLayout, plan_step
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
 Calls = Literal["one call", "cond and uncond apart", "every row apart"]

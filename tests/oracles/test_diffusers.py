@@ -28,9 +28,9 @@ from diffusers_side import (
 )
 from torch import Tensor, nn
 
-from sag_pag.blocks import BlockNameError, Topology
 from sag_pag.demo.layers import CrossAttention, fused_forward
-from sag_pag.session import StepPlan, plan_step
+from sag_pag.engine.session import StepPlan, plan_step
+from sag_pag.engine.topology import BlockNameError, Topology
 from sag_pag.settings import Settings
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: its pipelines are NOT compared with the engine")

@@ -11,8 +11,8 @@ from ldm_cases import Case, engine_step, make_inputs, reference_sag, reference_s
 from ldm_host import Sampler, alphas_cumprod, float64_inference
 from reference import perturbed
 
-from sag_pag.blocks import Topology
-from sag_pag.branch import Branch, denoise_with_branch
+from sag_pag.engine.branch import Branch, denoise_with_branch
+from sag_pag.engine.topology import Topology
 
 TOLERANCE = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")

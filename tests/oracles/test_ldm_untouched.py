@@ -12,10 +12,10 @@ from ldm_cases import Case, engine_step, make_inputs, reference_step, relative_e
 from ldm_host import Host, float64_inference, make_unet
 from torch import Tensor, nn
 
-from sag_pag.attention import MapCapture
-from sag_pag.blocks import Topology
-from sag_pag.branch import Branch, denoise_with_branch
 from sag_pag.demo.layers import fused_forward
+from sag_pag.engine.attention import MapCapture
+from sag_pag.engine.branch import Branch, denoise_with_branch
+from sag_pag.engine.topology import Topology
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")
 CASES = [

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sag_pag import attention as ours
-from sag_pag.attention import (
+from sag_pag.demo.unet import CrossAttention, redraw_
+from sag_pag.engine import attention as ours
+from sag_pag.engine.attention import (
     AttentionPatch,
     MapCapture,
     attention_received,
@@ -19,7 +20,6 @@ from sag_pag.attention import (
     identity_attention,
     unchanged_inputs,
 )
-from sag_pag.demo.unet import CrossAttention, redraw_
 
 
 def layer(*, heads: int = 3, dim_head: int = 4, seed: int = 1) -> CrossAttention:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sag_pag.blocks import BlockNameError, Topology, check_names
 from sag_pag.demo.unet import BasicTransformerBlock, UNetKwargs, UNetModel, sd2_config, sd15_config, sdxl_config
+from sag_pag.engine.topology import BlockNameError, Topology, check_names
 
 REFINER = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=384, channel_mult=(1, 2, 4, 4), num_res_blocks=2,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sag_pag.attention import MapCapture, unchanged_inputs
-from sag_pag.blocks import Topology
-from sag_pag.branch import Branch, append_rows, denoise_with_branch, prefix_modules, select_rows
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
+from sag_pag.engine.attention import MapCapture, unchanged_inputs
+from sag_pag.engine.branch import Branch, append_rows, denoise_with_branch, prefix_modules, select_rows
+from sag_pag.engine.topology import Topology
 
 DEEP = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,

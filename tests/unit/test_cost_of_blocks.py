@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sag_pag.benchmark.steps import Method, step_config, step_flops
-from sag_pag.blocks import Topology
-from sag_pag.cost import Pass, UNetCost, picture_cost
 from sag_pag.demo.unet import UNetModel
-from sag_pag.session import plan_step
+from sag_pag.engine.cost import Pass, UNetCost, picture_cost
+from sag_pag.engine.session import plan_step
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
 CASES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Imports point one way, and only the glue knows the host."""
+"""Imports point one way, and only hosts, neighbours and the WebUI's own part know a host."""
 
 from __future__ import annotations
 
@@ -9,22 +9,37 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "sag_pag"
-LEVELS = {
-    "settings": 0, "guidance": 0, "patching": 0, "blocks": 0, "pages": 0, "presets": 1, "migration": 1, "attention": 1,
-    "branch": 2, "session": 3, "cost": 4,
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "sag_pag"
+MAY_IMPORT: dict[str, set[str]] = {
+    "settings": set(),
+    "guidance": set(),
+    "engine": {"settings", "guidance"},
+    "hosts": {"engine", "settings", "guidance", "webui"},
+    "neighbours": {"engine", "settings", "guidance"},
+    "webui": {"hosts", "neighbours", "engine", "settings", "guidance"},
+    "demo": {"engine", "settings", "guidance", "pages"},
+    "benchmark": {"engine", "settings", "guidance", "demo"},
+    "readme": {"settings", "pages"},
+    "pages": set(),
 }
-"""A module imports from lower levels only. Above all of them: ``webui``, ``demo`` and tools of the repository's own."""
-TOP = ("webui", "demo", "benchmark", "readme")
+"""For each room of the package, the rooms that it may import from, beside itself."""
+PANEL = {"sag_pag.webui", "sag_pag.webui.panel", "sag_pag.webui.texts"}
+"""What the demo's page shows of the WebUI's part."""
+KNOW_A_HOST = {"hosts", "neighbours", "webui"}
+HOSTS_OWN = {"modules", "modules_forge", "backend", "ldm_patched", "ldm", "sgm", "k_diffusion", "launch"}
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-CORE = [name for name in MODULES if not set(name.split(".")[1:2]) & set(TOP)]
+
+
+def room(name: str) -> str:
+    return [*name.split("."), ""][1]
 
 
 def imported(path: Path) -> set[str]:
@@ -40,54 +55,46 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_every_module_has_its_place() -> None:
-    assert {name.split(".")[1] for name in MODULES if "." in name} <= {*LEVELS, *TOP}
+def test_every_module_has_its_room() -> None:
+    assert {room(name) for name in MODULES} <= {"", *MAY_IMPORT}
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_core_imports_only_what_is_below(name: str) -> None:
-    if name == "sag_pag":
-        assert not any(other.startswith("sag_pag") for other in imported(MODULES[name]))
-        return
-    own = LEVELS[name.split(".")[1]]
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name: str) -> None:
+    allowed = MAY_IMPORT.get(room(name), set()) | {room(name)}
     for other in imported(MODULES[name]):
-        if other.startswith("sag_pag."):
-            assert LEVELS.get(other.split(".")[1], 99) < own, f"{name} imports {other}"
+        if not other.startswith("sag_pag."):
+            assert other.split(".")[0] != "lab", f"{name} imports {other}"
+            continue
+        from_the_panel = room(name) == "demo" and other in PANEL
+        assert room(other) in allowed or from_the_panel, f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[1:2] == ["demo"]])
-def test_the_demo_does_not_need_the_webui(name: str) -> None:
-    for other in imported(MODULES[name]):
-        assert other.split(".")[0] != "modules", f"{name} imports {other}"
-        if other.startswith("sag_pag.webui."):
-            assert other.removeprefix("sag_pag.webui.") in ("panel", "texts"), f"{name} imports {other}"
+@pytest.mark.parametrize("name", MODULES)
+def test_only_some_know_a_host(name: str) -> None:
+    used = {other.split(".")[0] for other in imported(MODULES[name])} & HOSTS_OWN
+    assert not used or room(name) in KNOW_A_HOST, f"{name} imports {used}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in CORE])
-def test_the_panel_and_the_demo_are_all_that_does_without_the_webui(name: str) -> None:
-    uses_host = any(other.split(".")[0] == "modules" for other in imported(MODULES[name]))
-    assert not uses_host or (name.startswith("sag_pag.webui.") and name != "sag_pag.webui.panel")
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[1:2] == ["webui"]])
-def test_the_glue_does_not_know_the_demo(name: str) -> None:
-    assert not any(other.startswith("sag_pag.demo") for other in imported(MODULES[name]))
+@pytest.mark.parametrize("name", sorted(PANEL))
+def test_the_panel_needs_no_webui(name: str) -> None:
+    assert not any(other.split(".")[0] in HOSTS_OWN for other in imported(MODULES[name]))
 
 
 def test_the_core_can_be_imported_without_webui_and_gradio() -> None:
-    program = """
+    program = f"""
 import importlib, sys
 
 class Nowhere:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modules", "gradio", "ldm", "sgm", "k_diffusion", "launch"):
-            raise ImportError(f"{name} is not to be imported")
+        if name.split(".")[0] in {sorted({*HOSTS_OWN, "gradio"})}:
+            raise ImportError(name)
 
 sys.meta_path.insert(0, Nowhere())
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """
-    outside = [name for name in MODULES if name.split(".")[1:2] not in (["webui"], ["demo"])]
+    outside = [name for name in MODULES if room(name) not in {*KNOW_A_HOST, "demo"}]
     command = [sys.executable, "-c", program, *outside]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_infotext import paste, read, write
 
-from sag_pag.migration import migrate
 from sag_pag.settings import PARAMETERS, Settings
+from sag_pag.webui.migration import migrate
 
 START = "Steps: 20, Sampler: Euler a, CFG scale: 6, Seed: 1, Size: 1024x1024, "
 

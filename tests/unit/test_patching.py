@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sag_pag.patching import Forward, forward_replaced, is_replaced
+from sag_pag.engine.patching import Forward, forward_replaced, is_replaced
 
 
 class Double(nn.Module):

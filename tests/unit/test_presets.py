@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sag_pag import presets
-from sag_pag.presets import BUILT_IN, Preset, PresetError, PresetStore, checked_name
 from sag_pag.settings import PARAMETERS, Settings
+from sag_pag.webui import presets
+from sag_pag.webui.presets import BUILT_IN, Preset, PresetError, PresetStore, checked_name
 
 STRONG = Settings(pag_enabled=True, pag_scale=4.5, pag_blocks="middle, output.3", rescale=0.2)
 GOOD = {"name": "good", "values": {"pag_enabled": True, "pag_scale": 4.5}}

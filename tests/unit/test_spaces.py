@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sag_pag.blocks import Topology
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
-from sag_pag.session import GuidedStep, RowLayout, SigmaSpace, Space, TimestepSpace, plan_step
+from sag_pag.engine.session import GuidedStep, RowLayout, SigmaSpace, Space, TimestepSpace, plan_step
+from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
 TINY = UNetKwargs(

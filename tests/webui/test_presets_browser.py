@@ -13,7 +13,7 @@ from browser import load as load_page
 from client import Client
 from server import Server
 
-from sag_pag.presets import BUILT_IN
+from sag_pag.webui.presets import BUILT_IN
 
 TAB = "txt2img"
 FOREIGN = (

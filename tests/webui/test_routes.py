@@ -12,8 +12,8 @@ from conftest import EXTENSIONS, ServerFactory
 from server import Server
 from test_generation import guided
 
-from sag_pag.presets import BUILT_IN
 from sag_pag.settings import PARAMETERS, Settings
+from sag_pag.webui.presets import BUILT_IN
 
 ROUTES = ("/sag-pag/v1/blocks", "/sag-pag/v1/presets", "/sag-pag/v1/schema")
 

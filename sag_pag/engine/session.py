@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sag_pag import guidance
-from sag_pag.attention import KeyValueInputs, MapCapture, unchanged_inputs
-from sag_pag.blocks import AttentionSite, BlockNameError, Topology, check_names
-from sag_pag.branch import Branch, Denoiser, Randomness, denoise_with_branch, select_rows, tells_rows_apart
+from sag_pag.engine.attention import KeyValueInputs, MapCapture, unchanged_inputs
+from sag_pag.engine.branch import Branch, Denoiser, Randomness, denoise_with_branch, select_rows, tells_rows_apart
+from sag_pag.engine.topology import AttentionSite, BlockNameError, Topology, check_names
 from sag_pag.settings import PARAMETERS, SettingError, Settings
 
 

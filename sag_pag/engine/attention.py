@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sag_pag.engine.patching import Forward
 from sag_pag.guidance import without_autocast
-from sag_pag.patching import Forward
 
 KeyValueInputs = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a self-attention's own tokens, what its ``to_k`` and ``to_v`` get (hypernetworks change these)."""

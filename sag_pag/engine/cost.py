@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sag_pag.blocks import AttentionSite, Topology
-from sag_pag.branch import prefix_modules
-from sag_pag.session import HiresPass, StepPlan, plan_step
+from sag_pag.engine.branch import prefix_modules
+from sag_pag.engine.session import HiresPass, StepPlan, plan_step
+from sag_pag.engine.topology import AttentionSite, Topology
 from sag_pag.settings import Settings
 
 TOKENS = 77

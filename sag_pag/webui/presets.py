@@ -258,5 +258,5 @@ class PresetStore:
             raise PresetError(f"{self.path} can't be written: {error}") from error
 
 
-STORE = PresetStore(Path(__file__).resolve().parents[1] / "presets.json")
+STORE = PresetStore(Path(__file__).resolve().parents[2] / "presets.json")
 """The presets of this installation."""

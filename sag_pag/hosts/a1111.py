@@ -9,9 +9,9 @@ from modules import lowvram, sd_models, sd_unet, shared
 from modules.hypernetworks import hypernetwork
 from torch import Tensor
 
-from sag_pag.attention import KeyValueInputs, unchanged_inputs
-from sag_pag.blocks import Topology
-from sag_pag.session import HiresPass, RowLayout, SigmaSpace, Space, TimestepSpace
+from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
+from sag_pag.engine.session import HiresPass, RowLayout, SigmaSpace, Space, TimestepSpace
+from sag_pag.engine.topology import Topology
 from sag_pag.webui import texts
 
 

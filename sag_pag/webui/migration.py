@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sag_pag.blocks import BlockNameError, check_names
+from sag_pag.engine.topology import BlockNameError, check_names
 from sag_pag.settings import PARAMETERS, Feature, SettingError, Settings, Value
 
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sag_pag.attention import AttentionPatch, KeyValueInputs, MapCapture, first_rows
-from sag_pag.blocks import AttentionSite, Topology
-from sag_pag.patching import Forward, forward_replaced, is_replaced
+from sag_pag.engine.attention import AttentionPatch, KeyValueInputs, MapCapture, first_rows
+from sag_pag.engine.patching import Forward, forward_replaced, is_replaced
+from sag_pag.engine.topology import AttentionSite, Topology
 
 
 class Denoiser(Protocol):

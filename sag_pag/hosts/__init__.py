@@ -1,0 +1,1 @@
+"""What each host says of its model, sampler, rows and options. One file a host."""
