@@ -13,15 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class MergedTokensError(ValueError):
+    """An attention works on fewer tokens than its feature map has places."""
+
+
 def working_precision(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is if it is wider."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Runs in the tensors' own precision. Older torch knows no autocast of some devices, not even to switch it off."""
-    available = getattr(torch.amp.autocast_mode, "is_autocast_available", ("cpu", "cuda", "xpu").__contains__)
-    return torch.autocast(device.type, enabled=False) if available(device.type) else nullcontext()
+    """Runs in the tensors' own precision. Some devices have no autocast, not even to switch it off."""
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except (RuntimeError, AssertionError):  # nothing to switch off: DirectML on any torch, XPU on an older one
+        return nullcontext()
 
 
 def attention_mask(
@@ -30,12 +36,12 @@ def attention_mask(
     """SAG's mask (arXiv 2210.00939): where tokens get more attention than ``threshold``.
 
     ``received`` is ``(batch, tokens)`` with mean 1, ``size`` the height and width of the feature map that the tokens
-    lie in; the mask is ``(batch, 1, *latent_size)`` of 0 and 1, resized with nearest. Raises ``ValueError`` if the
-    tokens do not fill ``size`` (token merging).
+    lie in; the mask is ``(batch, 1, *latent_size)`` of 0 and 1, resized with nearest. Raises ``MergedTokensError``
+    if the tokens do not fill ``size``.
     """
     height, width = size
     if received.shape[1] != height * width:
-        raise ValueError(f"{received.shape[1]} tokens do not fill a feature map of {height} x {width}")
+        raise MergedTokensError(f"{received.shape[1]} tokens do not fill a feature map of {height} x {width}")
     mask = (received > threshold).to(received.dtype).view(-1, 1, height, width)
     return F.interpolate(mask, latent_size, mode="nearest")
 
@@ -46,11 +52,11 @@ def gaussian_kernel(sigma: float, *, radius: int, like: Tensor) -> Tensor:
     return torch.softmax(-0.5 * (positions / sigma) ** 2, dim=0).to(like)
 
 
-def blur(x: Tensor, *, sigma: float, radius: int | None = None) -> Tensor:
+def blur(x: Tensor, *, sigma: float, radius: int | None = None, circular: bool = False) -> Tensor:
     """Gaussian blur with reflect padding; ``sigma`` in latent pixels, 0 for no change.
 
     The radius is ``max(4, ceil(3 * sigma))`` (9 taps at sigma 1, as in the reference implementations) unless given,
-    and never more than reflect padding allows.
+    and never more than the padding allows. ``circular``: opposite edges meet, as in a picture made for tiling.
     """
     if sigma == 0:
         return x
@@ -58,17 +64,18 @@ def blur(x: Tensor, *, sigma: float, radius: int | None = None) -> Tensor:
     result = working_precision(x)
     with without_autocast(x.device):
         for axis in (2, 3):
-            r = min(wanted, x.shape[axis] - 1)
+            r = min(wanted, x.shape[axis] - (0 if circular else 1))
             kernel = gaussian_kernel(sigma, radius=r, like=result)
             weight = kernel.view((1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)).repeat(x.shape[1], 1, 1, 1)
-            padded = F.pad(result, (0, 0, r, r) if axis == 2 else (r, r, 0, 0), mode="reflect")
+            around = (0, 0, r, r) if axis == 2 else (r, r, 0, 0)
+            padded = F.pad(result, around, mode="circular" if circular else "reflect")
             result = F.conv2d(padded, weight, groups=x.shape[1])
     return result.to(x.dtype)
 
 
-def degrade(denoised: Tensor, mask: Tensor, *, sigma: float) -> Tensor:
+def degrade(denoised: Tensor, mask: Tensor, *, sigma: float, circular: bool = False) -> Tensor:
     """SAG's degraded picture: blurred where ``mask`` is 1, unchanged where it is 0 (arXiv 2210.00939)."""
-    return torch.where(mask > 0, blur(denoised, sigma=sigma), denoised)
+    return torch.where(mask > 0, blur(denoised, sigma=sigma, circular=circular), denoised)
 
 
 def image_std(x: Tensor, *, weight: Tensor | None = None) -> Tensor:

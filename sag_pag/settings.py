@@ -16,7 +16,14 @@ Value = bool | float | str
 
 RESCALE_MODES = ("full", "partial", "snf")
 HIRES_PASSES = ("both passes", "first pass", "hires pass")
-FEATURES: tuple[Literal["sag", "pag"], ...] = ("sag", "pag")
+Switchable = Literal["sag", "pag"]
+FEATURES: tuple[Switchable, ...] = ("sag", "pag")
+BLOCKS_OF: dict[Switchable, str] = {"sag": "sag_block", "pag": "pag_blocks"}
+"""The parameter that names a feature's blocks."""
+LONGEST_LIST = 2000
+"""Characters of a list of blocks; every transformer block of SDXL by its own name takes 900."""
+SWITCHES = tuple(f"{feature}_enabled" for feature in FEATURES)
+"""The parameters that switch a feature on."""
 
 
 class SettingError(ValueError):
@@ -76,9 +83,22 @@ class Parameter:
             # compared before it is converted: an integer can be too large for a float
             if is_number and self.minimum <= value <= self.maximum:  # type: ignore[operator]
                 return float(value)  # type: ignore[arg-type]
-        elif isinstance(value, str) and (self.kind == "blocks" or value in self.choices):
-            return " ".join(value.split()) if self.kind == "blocks" else value
+        elif self.kind == "blocks":
+            if isinstance(value, str) and len(value) <= LONGEST_LIST:
+                return " ".join(value.split())
+            if isinstance(value, str):
+                raise SettingError(self.name, f"{value[:60]}…", f"a list of at most {LONGEST_LIST} characters")
+        elif isinstance(value, str) and value in self.choices:
+            return value
         raise SettingError(self.name, value, self.allowed)
+
+    def accepts(self, value: object) -> bool:
+        """Whether ``check`` lets ``value`` pass."""
+        try:
+            self.check(value)
+        except SettingError:
+            return False
+        return True
 
     def parse(self, text: str) -> Value:
         """The value that ``text`` (infotext, an X/Y/Z cell) stands for; raises ``SettingError``."""
@@ -185,29 +205,51 @@ class Settings:
     def from_list(cls, values: Sequence[object]) -> Settings:
         """Settings from positional values (API, user interface), missing ones at the end taking defaults.
 
-        A dict as the first value is read as ``from_dict`` does and what follows it is ignored, if it is no
-        other dict: the WebUI pads short lists with defaults. Raises ``SettingError``.
+        A dict as the first value is read as ``from_dict`` does; values that follow it have their positions, as the
+        WebUI pads short lists with what it has. What is off is not checked. Raises ``SettingError``.
         """
         for value in values[1:]:
             if isinstance(value, Mapping):
                 raise SettingError("args", value, "one object with names, or a list of values")
-        if values and isinstance(values[0], Mapping):
-            return cls.from_dict(values[0])
+        for value in values:
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise SettingError("args", value, "numbers of usual size")  # the WebUI can't answer with a larger one
         if len(values) > len(PARAMETERS):
             raise SettingError("args", f"{len(values)} values", f"at most {len(PARAMETERS)} values")
-        return cls(**dict(zip(PARAMETERS, values, strict=False)))  # type: ignore[arg-type]
+        by_name = dict(zip(PARAMETERS, values, strict=False))
+        if values and isinstance(values[0], Mapping):
+            del by_name[next(iter(PARAMETERS))]
+            return cls.from_dict(values[0], others=by_name)
+        return cls._from_unchecked(by_name)
 
     @classmethod
-    def from_dict(cls, values: Mapping[Any, object]) -> Settings:
-        """Settings from named values, missing ones taking defaults. Raises ``SettingError``.
+    def from_dict(cls, values: Mapping[Any, object], *, others: Mapping[str, object] | None = None) -> Settings:
+        """Settings from named values; what is not named is as in ``others``, else the default. Raises ``SettingError``.
 
         To name a parameter switches on what it needs to do anything (its feature, "other scales in the hires pass"),
-        unless that is named as well.
+        unless that is named as well. What is off is not checked.
         """
         for name in values:
             if name not in PARAMETERS:
                 raise SettingError(str(name), values[name], "these names: " + ", ".join(PARAMETERS))
-        return cls().with_values({**implied_switches(values), **values})
+        return cls._from_unchecked({**(others or {}), **implied_switches(values), **values})
+
+    @classmethod
+    def _from_unchecked(cls, values: Mapping[str, object]) -> Settings:
+        """Settings from values of which those that have no effect may be anything; these become their defaults then.
+
+        Raises ``SettingError`` for others.
+        """
+        used: dict[str, object] = {}
+        switches = {name: PARAMETERS[name].check(values.get(name, False)) for name in SWITCHES}
+        for name, value in values.items():
+            needed = PARAMETERS[name].switches or SWITCHES
+            has_effect = (all if PARAMETERS[name].switches else any)(
+                values.get(switch, False) is True for switch in needed
+            )
+            if has_effect or PARAMETERS[name].accepts(value):
+                used[name] = value
+        return cls().with_values({**used, **switches})
 
     def with_values(self, values: Mapping[str, object]) -> Settings:
         """These settings with some replaced; raises ``SettingError``."""

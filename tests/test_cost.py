@@ -20,7 +20,7 @@ from sag_pag.benchmark.steps import METHODS, TOKENS, Method, step_config, step_f
 from sag_pag.demo.unet import CrossAttention, UNetModel, redraw_
 from sag_pag.engine import attention as attention_module
 from sag_pag.engine.attention import AttentionPatch, MapCapture, attention_received, unchanged_inputs
-from sag_pag.engine.session import plan_step
+from sag_pag.engine.plan import plan_at
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
@@ -81,7 +81,7 @@ def test_what_does_nothing_costs_nothing(layout: str, settings: str) -> None:
     config, _ = step_config(layout)
     with torch.device("meta"):
         topology = Topology(UNetModel(**config))
-    assert plan_step(UNGUIDED[settings], topology, progress=0.5) is None
+    assert plan_at(UNGUIDED[settings], topology, progress=0.5) is None
     assert cost_table(layout)["off"] == cost_table(layout)["CFG"]
 
 
@@ -195,7 +195,8 @@ def capture_peak(*, tokens: int, dtype: torch.dtype, rows: int, fake: bool) -> f
         attention = CrossAttention(640, heads=10, dim_head=64)
         x = torch.randn(rows, tokens, 640)
         capture = MapCapture([rows - 1], (1, tokens))
-        forward = AttentionPatch(attention, rows, 0, unchanged_inputs, capture).wrap(lambda x: x)
+        read = functools.partial(capture.read, attention, key_value_inputs=unchanged_inputs)
+        forward = AttentionPatch(rows, read=read).wrap(lambda x: x)
         with LiveBytes() as counter:
             counter.know(x, *attention.parameters())
             forward(x)

@@ -11,7 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, sd2_config, sd15_config, sdxl_config
-from sag_pag.engine.session import GuidedStep, RowLayout, SigmaSpace, plan_step
+from sag_pag.engine.calls import APART, JOINED
+from sag_pag.engine.plan import plan_at
+from sag_pag.engine.rows import StepRows
+from sag_pag.engine.spaces import SigmaSpace
+from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
@@ -80,16 +84,16 @@ class Step:
     def run(self, method: Method, *, progress: float = 0.5) -> Tensor:
         """The step's guided x0, ``(batch, 4, latent, latent)``."""
         topology = Topology(self.unet)
-        plan = plan_step(method.settings, topology, progress=progress)
+        plan = plan_at(method.settings, topology, progress=progress)
         x = torch.cat([self.x, self.x])
         sigma = torch.full((len(x),), SIGMA, device=x.device, dtype=x.dtype)
         if plan is None:
             return _cfg(self.denoise(x, sigma, cond=self.cond))
+        rows = StepRows.plain(self.batch)
         step = GuidedStep(
-            self.denoise, plan, topology=topology, space=SigmaSpace(), own_call=method.own_call,
-            layout=RowLayout(conds=tuple((image, 1.0) for image in range(self.batch)), images=self.batch),
+            plan, topology=topology, rows=rows, space=SigmaSpace(), manner=APART if method.own_call else JOINED
         )
-        out = step(x, sigma, cond=self.cond)
+        out = step(self.denoise, x, sigma, cond=self.cond, rows=rows.rows)
         step.finish()
         return step.apply(_cfg(out))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import Recipe, count_gigaflops, sample
-from sag_pag.engine.session import check_blocks
+from sag_pag.engine.plan import check_blocks
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 

@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sag_pag.demo.autoencoder import FACTOR, LATENT_CHANNELS
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.schedule import TIMESTEPS, sigma_of, timestep_of
-from sag_pag.engine.branch import Denoiser
-from sag_pag.engine.session import GuidedStep, RowLayout, SigmaSpace, plan_step
+from sag_pag.engine.calls import Denoiser
+from sag_pag.engine.plan import choose_blocks, plan_step, scales_at
+from sag_pag.engine.rows import StepRows
+from sag_pag.engine.spaces import SigmaSpace
+from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
@@ -88,7 +91,8 @@ class GuidedDenoiser:
         self.topology = Topology(model.unet)
         self.images = len(context)
         self.cond = context if recipe.cfg == 1 else torch.cat((context, empty))
-        self.layout = RowLayout(conds=tuple((image, 1.0) for image in range(self.images)), images=self.images)
+        self.rows = StepRows.plain(self.images)
+        self.chosen = choose_blocks(recipe.settings, self.topology)
         self.calls = 0
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -97,12 +101,13 @@ class GuidedDenoiser:
         progress = (TIMESTEPS - 1 - timestep_of(torch.tensor(sigma)).item()) / TIMESTEPS
         plan = None
         if self.recipe.settings.enabled and self.calls % self.recipe.every == 0:
-            plan = plan_step(self.recipe.settings, self.topology, progress=progress)
+            plan = plan_step(self.recipe.settings, self.chosen, scales_at(self.recipe.settings, progress=progress))
         self.calls += 1
         if plan is None:
             return self._combined(self.denoise(rows, levels, cond=self.cond))
-        step = GuidedStep(self.denoise, plan, topology=self.topology, layout=self.layout, space=SigmaSpace())
-        combined = self._combined(step(rows, levels, cond=self.cond))
+        step = GuidedStep(plan, topology=self.topology, rows=self.rows, space=SigmaSpace())
+        carried = self.rows.rows[: len(rows)]
+        combined = self._combined(step(self.denoise, rows, levels, cond=self.cond, rows=carried))
         step.finish()
         return step.apply(combined)
 

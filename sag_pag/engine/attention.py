@@ -1,4 +1,4 @@
-"""What a self-attention is made to do during one U-Net call: identity rows for PAG, the map's column sums for SAG."""
+"""Reading self-attention during a denoiser call, and taking a call's last rows elsewhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sag_pag.engine.patching import Forward
+from sag_pag.engine.rows import join_rows, take_rows
 from sag_pag.guidance import without_autocast
 
 KeyValueInputs = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -22,16 +23,6 @@ LOGITS_BUDGET = 2 * 1024 * 1024
 def unchanged_inputs(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """``KeyValueInputs`` of a model without hypernetworks: keys and values come from the tokens themselves."""
     return tokens, tokens
-
-
-def identity_attention(attention: nn.Module, tokens: Tensor, key_value_inputs: KeyValueInputs) -> Tensor:
-    """Self-attention with the identity as its attention map, ``to_out(to_v(tokens))`` (arXiv 2403.17377).
-
-    ``tokens`` and the result are ``(rows, tokens, channels)``.
-    """
-    value: Tensor = attention.get_submodule("to_v")(key_value_inputs(tokens)[1])
-    result: Tensor = attention.get_submodule("to_out")(value)
-    return result
 
 
 def attention_received(
@@ -68,8 +59,29 @@ def _received_in_row(attention: nn.Module, tokens: Tensor, key_value_inputs: Key
 
 
 @dataclass
+class MapSize:
+    """Learns the feature map's height and width from the transformer that encloses an attention."""
+
+    size: tuple[int, int] | None = field(default=None, init=False)
+
+    def known(self) -> tuple[int, int]:
+        """The size; the transformer around an attention runs before the attention does."""
+        assert self.size is not None
+        return self.size
+
+    def watch(self, host: Forward) -> Forward:
+        """Wraps the ``SpatialTransformer``'s forward."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.size = (int(x.shape[-2]), int(x.shape[-1]))
+            return host(x, *args, **kwargs)
+
+        return forward
+
+
+@dataclass
 class MapCapture:
-    """Collects, during one U-Net call, the attention that tokens get in ``rows`` of the batch.
+    """Collects, during one denoiser call, the attention that tokens get in ``rows`` of the batch.
 
     ``latent_size`` is the height and width of the whole latent; ``received`` is ``(rows, tokens)``, ``size`` the
     feature map's height and width as the transformer got it.
@@ -80,6 +92,11 @@ class MapCapture:
     received: Tensor | None = field(default=None, init=False)
     size: tuple[int, int] | None = field(default=None, init=False)
 
+    def read(self, attention: nn.Module, tokens: Tensor, key_value_inputs: KeyValueInputs) -> None:
+        """Reads the map of an attention that gets ``tokens``, ``(rows of the call, tokens, channels)``."""
+        own = [tokens[row] for row in self.rows]  # views: a copy of many tokens is large
+        self.received = attention_received(attention, own, key_value_inputs)
+
     def check_whole(self, x: Tensor) -> None:
         """Raises ``RuntimeError`` if the U-Net's input ``x`` is only a part of the picture."""
         if tuple(x.shape[-2:]) != self.latent_size:
@@ -89,31 +106,25 @@ class MapCapture:
                 f"{whole_h} x {whole_w} latent pixels"
             )
 
-    def watch_transformer(self, host: Forward) -> Forward:
-        """Wraps the enclosing ``SpatialTransformer``'s forward to learn the spatial shape."""
 
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.size = (int(x.shape[-2]), int(x.shape[-1]))
-            return host(x, *args, **kwargs)
-
-        return forward
+Perturb = Callable[..., Any]
+"""From what an attention is called with, for some rows, what it puts out instead for them."""
 
 
 @dataclass
 class AttentionPatch:
-    """One self-attention's behaviour in a call of ``rows`` rows, of which the last ``identity_rows`` are perturbed.
+    """One self-attention's behaviour in a call of ``rows`` rows: some of them perturbed, some of them read.
 
-    With ``overwrite`` the host's attention runs on all rows, and these rows of its output are replaced. A call with
-    another number of rows (an extension that runs the attention on some rows of its own) is left to the host.
-    ``applied`` tells whether any call was this patch's.
+    The last ``extra`` rows are perturbed and the host's attention does not see them; of those in ``overwritten`` it
+    runs, and its output is replaced. A call with another number of rows (an extension that runs the attention on some
+    rows of its own) is left to the host. ``applied`` tells whether any call was this patch's.
     """
 
-    attention: nn.Module
     rows: int
-    identity_rows: int
-    key_value_inputs: KeyValueInputs
-    capture: MapCapture | None = None
-    overwrite: range | None = None
+    perturb: Perturb | None = None
+    extra: int = 0
+    overwritten: Sequence[int] = ()
+    read: Callable[[Tensor], None] | None = None
     applied: bool = field(default=False, init=False)
 
     def wrap(self, host: Forward) -> Forward:
@@ -123,32 +134,19 @@ class AttentionPatch:
             if x.shape[0] != self.rows:
                 return host(x, *args, **kwargs)
             self.applied = True
-            if self.capture is not None:
-                own = [x[row] for row in self.capture.rows]  # views: a copy of many tokens is large
-                self.capture.received = attention_received(self.attention, own, self.key_value_inputs)
-            if self.overwrite is not None:
-                out = host(x, *args, **kwargs).clone()
-                part = slice(self.overwrite.start, self.overwrite.stop)
-                out[part] = identity_attention(self.attention, x[part], self.key_value_inputs)
-                return out
-            kept = self.rows - self.identity_rows
-            if kept == self.rows:
+            if self.read is not None:
+                self.read(x)
+            if self.perturb is None:
                 return host(x, *args, **kwargs)
-            perturbed = identity_attention(self.attention, x[kept:], self.key_value_inputs)
-            if kept == 0:
+            if self.overwritten:
+                out: Tensor = host(x, *args, **kwargs).clone()
+                out[list(self.overwritten)] = self.perturb(take_rows(x, self.overwritten, total=self.rows))
+                return out
+            kept = self.rows - self.extra
+            perturbed = self.perturb(x[kept:])
+            if not kept:
                 return perturbed
-            own_args, own_kwargs = first_rows((args, kwargs), kept, total=self.rows)
-            return torch.cat([host(x[:kept], *own_args, **own_kwargs), perturbed])
+            own_args, own_kwargs = take_rows((args, kwargs), range(kept), total=self.rows)
+            return join_rows(host(x[:kept], *own_args, **own_kwargs), perturbed)
 
         return forward
-
-
-def first_rows(value: Any, count: int, *, total: int) -> Any:
-    """``value`` with each batch of ``total`` rows in it (also in lists, tuples, dicts) cut to its first ``count``."""
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim and value.shape[0] == total else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(first_rows(item, count, total=total) for item in value)
-    if isinstance(value, dict):
-        return {key: first_rows(item, count, total=total) for key, item in value.items()}
-    return value

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sag_pag.engine.branch import prefix_modules
-from sag_pag.engine.session import HiresPass, StepPlan, plan_step
-from sag_pag.engine.topology import AttentionSite, Topology
+from sag_pag.engine.operations import convolution_operations, linear_operations, map_operations
+from sag_pag.engine.perturbations import IDENTITY, PERTURBATIONS, Perturbation
+from sag_pag.engine.plan import HiresPass, StepPlan, choose_blocks, plan_step, scales_at
+from sag_pag.engine.topology import AttentionSite, Topology, layers_of
 from sag_pag.settings import Settings
 
 TOKENS = 77
@@ -35,8 +36,8 @@ class UNetCost:
         self._operations: dict[nn.Module, int] = {}
         self._blocks(latent_size)
         embedding = [topology.unet.get_submodule("time_embed"), getattr(topology.unet, "label_emb", None)]
-        rest = sum(_linear(layer, 1) for layer in embedding if layer is not None)
-        rest += _convolutions(topology.unet.get_submodule("out"), latent_size)
+        rest = sum(linear_operations(layer, 1) for layer in embedding if layer is not None)
+        rest += convolution_operations(topology.unet.get_submodule("out"), latent_size)
         self.row = rest + sum(self._operations[block] for block in topology.blocks)
         """A whole row."""
 
@@ -47,7 +48,7 @@ class UNetCost:
             if index > inputs:
                 size = skips.pop()  # the host resizes what comes from below to the skip connection's size
             total = 0
-            for layer in block.children():
+            for layer in layers_of(block).children():
                 size = _resized(layer, size)
                 self._operations[layer] = self._layer(layer, size)
                 total += self._operations[layer]
@@ -57,9 +58,9 @@ class UNetCost:
 
     def _layer(self, layer: nn.Module, size: Size) -> int:
         tokens = size[0] * size[1]
-        operations = _convolutions(layer, size)
+        operations = convolution_operations(layer, size)
         if not hasattr(layer, "transformer_blocks"):
-            return operations + _linear(layer, 1)  # the only ones are those of the time embedding
+            return operations + linear_operations(layer, 1)  # the only ones are those of the time embedding
         for site in self.topology.sites:
             if site.transformer is layer:
                 self.map_sizes[site] = size
@@ -67,29 +68,35 @@ class UNetCost:
         for block in blocks.children():
             self._operations[block] = self._transformer_block(block, tokens)
             operations += self._operations[block]
-        return operations + _linear(layer, tokens) - _linear(blocks, tokens)
+        return operations + linear_operations(layer, tokens) - linear_operations(blocks, tokens)
 
     def _transformer_block(self, block: nn.Module, tokens: int) -> int:
-        operations = _linear(block, tokens)
+        operations = linear_operations(block, tokens)
         for name in ("attn1", "attn2"):
             attention = block.get_submodule(name)
             crossed = name == "attn2" or getattr(block, "disable_self_attn", False)
             seen = self.context_tokens if crossed else tokens
             for projection in ("to_k", "to_v"):
                 layer = attention.get_submodule(projection)
-                operations += _linear(layer, seen) - _linear(layer, tokens)
-            operations += 2 * _map(attention, tokens, seen)
+                operations += linear_operations(layer, seen) - linear_operations(layer, tokens)
+            operations += 2 * map_operations(attention, tokens, seen)
         return operations
 
-    def perturbed_row(self, perturbed: tuple[AttentionSite, ...]) -> int:
-        """An extra row with identity attention at these sites: what it shares with its original is not in it."""
-        shared = sum(self._operations[module] for module in prefix_modules(self.topology, perturbed[0]))
-        left_out = sum(self._map_inputs(site) + 2 * self._map_of(site) for site in perturbed)
-        return self.row - shared - left_out
+    def perturbed_row(
+        self, perturbed: tuple[AttentionSite, ...], perturbation: Perturbation = PERTURBATIONS[IDENTITY]
+    ) -> int:
+        """An extra row with these sites perturbed: what it shares with its original is not in it."""
+        shared = sum(self._operations[module] for module in self.topology.prefix(perturbed[0]))
+        saved = sum(
+            self._attention(site) - perturbation.operations(site.attention, self._tokens(site)) for site in perturbed
+        )
+        return self.row - shared - saved
 
     def reading(self, site: AttentionSite) -> int:
         """Reading one row's attention map beside the host's own attention."""
-        return self._map_inputs(site) + self._map_of(site)
+        tokens = self._tokens(site)
+        inputs = sum(linear_operations(site.attention.get_submodule(name), tokens) for name in ("to_q", "to_k"))
+        return inputs + map_operations(site.attention, tokens, tokens)
 
     def perturbing_alone(self, sites: tuple[AttentionSite, ...]) -> float:
         """A step with CFG and PAG at these sites, over the step without PAG."""
@@ -99,13 +106,13 @@ class UNetCost:
         """A step with CFG and SAG that reads this site, over the step without SAG."""
         return 1 + (self.row + self.reading(site)) / (2 * self.row)
 
-    def _map_inputs(self, site: AttentionSite) -> int:
-        tokens = self.map_sizes[site][0] * self.map_sizes[site][1]
-        return sum(_linear(site.attention.get_submodule(name), tokens) for name in ("to_q", "to_k"))
+    def _tokens(self, site: AttentionSite) -> int:
+        return self.map_sizes[site][0] * self.map_sizes[site][1]
 
-    def _map_of(self, site: AttentionSite) -> int:
-        tokens = self.map_sizes[site][0] * self.map_sizes[site][1]
-        return _map(site.attention, tokens, tokens)
+    def _attention(self, site: AttentionSite) -> int:
+        """A whole self-attention."""
+        tokens = self._tokens(site)
+        return linear_operations(site.attention, tokens) + 2 * map_operations(site.attention, tokens, tokens)
 
     def step(self, plan: StepPlan | None, *, rows: int) -> float:
         """A step's operations over those of the same step without guidance; ``rows`` a picture: 2 with CFG, else 1."""
@@ -143,8 +150,10 @@ def picture_cost(settings: Settings, passes: Sequence[Pass], *, rows: int) -> Pi
     """What a picture costs that these passes make: one, or two with hires. fix. ``rows`` as for a step's cost."""
     dearest, total, without = 1.0, 0.0, 0
     for done in passes:
+        chosen = choose_blocks(settings, done.cost.topology)
         plans = [
-            plan_step(settings, done.cost.topology, progress=progress, hires=done.hires) for progress in done.progress()
+            plan_step(settings, chosen, scales_at(settings, progress=progress, hires=done.hires))
+            for progress in done.progress()
         ]
         ratios = [done.cost.step(plan, rows=rows) for plan in plans]
         dearest = max([dearest, *ratios])
@@ -158,19 +167,3 @@ def _resized(layer: nn.Module, size: Size) -> Size:
     if name == "Downsample":
         return (size[0] + 1) // 2, (size[1] + 1) // 2
     return (2 * size[0], 2 * size[1]) if name == "Upsample" else size
-
-
-def _linear(module: nn.Module, tokens: int) -> int:
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return sum(2 * layer.in_features * layer.out_features * tokens for layer in layers)
-
-
-def _convolutions(module: nn.Module, size: Size) -> int:
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    return sum(2 * layer.weight.numel() * size[0] * size[1] for layer in layers)
-
-
-def _map(attention: nn.Module, queries: int, keys: int) -> int:
-    """The product of queries and keys; that of the map and the values is as much."""
-    channels = attention.get_submodule("to_q").out_features
-    return 2 * queries * keys * int(channels)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,3 +37,18 @@ def is_replaced(module: nn.Module, name: str) -> bool:
     """Whether the method ``name`` of this one module is something else than its class's own."""
     own = vars(module).get(name)
     return own is not None and getattr(own, "__func__", own) is not getattr(type(module), name, None)
+
+
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def without_hooks(module: nn.Module, unwanted: Callable[[Hook], bool]) -> Iterator[None]:
+    """Runs without those forward pre-hooks of the module that are ``unwanted``."""
+    kept = module._forward_pre_hooks
+    if any(unwanted(hook) for hook in kept.values()):
+        module._forward_pre_hooks = OrderedDict((key, hook) for key, hook in kept.items() if not unwanted(hook))
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks = kept

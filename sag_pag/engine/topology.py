@@ -7,6 +7,7 @@ in it. Names that diffusers (``mid``, ``down.block_2``, ``up_blocks.1.attentions
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any, Literal
 from torch import nn
 
 Part = Literal["input", "middle", "output"]
+
+DEFAULT_BLOCKS = "middle"
+"""What is chosen where nobody has chosen: on a model without it, the block nearest to it stands in."""
 
 _NUMBER = r"\d{1,4}"
 _TRANSFORMERS = rf"(?:\.(?P<k_first>{_NUMBER})(?:\s*-\s*(?P<k_last>{_NUMBER}))?)?"
@@ -56,6 +60,7 @@ class AttentionSite:
     stage: int  # diffusers' down_blocks/up_blocks index
     position: int  # diffusers' attentions index within the stage
     block: nn.Module  # the entry of input_blocks or output_blocks, or middle_block
+    layers: nn.Module  # the layers in it, which is the block itself unless another module has been put around it
     transformer: nn.Module  # the SpatialTransformer
     transformer_block: nn.Module  # the BasicTransformerBlock
     attention: nn.Module  # its attn1
@@ -85,13 +90,27 @@ class Topology:
         except AttributeError as error:
             raise TypeError(f"{type(unet).__name__} has no input_blocks, middle_block and output_blocks") from error
         self.unet = unet
-        self._downsamples = sum(_ends_stage(block, "Downsample") for block in inputs)
+        self._downsamples = sum(ends_stage(block, "Downsample") for block in inputs)
         self.blocks: tuple[nn.Module, ...] = (*inputs, middle, *outputs)
         self.sites: tuple[AttentionSite, ...] = (
-            *_part_sites("input", inputs, ends_stage="Downsample"),
-            *_part_sites("middle", [middle], ends_stage=""),
-            *_part_sites("output", outputs, ends_stage="Upsample"),
+            *_part_sites("input", inputs, ends_stage_with="Downsample"),
+            *_part_sites("middle", [middle], ends_stage_with=""),
+            *_part_sites("output", outputs, ends_stage_with="Upsample"),
         )
+
+    def is_still(self, unet: nn.Module) -> bool:
+        """Whether this is ``unet``'s topology, and nobody has changed its blocks meanwhile."""
+        if unet is not self.unet:
+            return False
+        try:
+            blocks = (
+                *unet.get_submodule("input_blocks").children(), unet.get_submodule("middle_block"),
+                *unet.get_submodule("output_blocks").children(),
+            )
+        except AttributeError:
+            return False
+        same_blocks = len(blocks) == len(self.blocks) and all(map(operator.is_, blocks, self.blocks))
+        return same_blocks and all(site.transformer_block.attn1 is site.attention for site in self.sites)
 
     def block_names(self) -> list[str]:
         """The names of the blocks that hold self-attention, in order."""
@@ -107,11 +126,32 @@ class Topology:
         counts = {name: sum(site.block_name == name for site in self.sites) for name in self.block_names()}
         return ", ".join(name if count == 1 else f"{name} (.0 to .{count - 1})" for name, count in counts.items())
 
+    def prefix(self, first: AttentionSite) -> list[nn.Module]:
+        """The modules that run before ``first``, as large as possible: blocks, then layers, then transformer blocks."""
+        modules = list(self.blocks[: self.blocks.index(first.block)])
+        layers = list(first.layers.children())
+        modules += layers[: layers.index(first.transformer)]
+        siblings = list(first.transformer.get_submodule("transformer_blocks").children())
+        return modules + siblings[: siblings.index(first.transformer_block)]
+
+    def stand_in(self, text: str) -> tuple[AttentionSite, ...]:
+        """The sites of the block that stands in for the default ``text``; none where it is another text, or is there.
+
+        It is the last input block with self-attention, or the first output block.
+        """
+        if text.strip().lower() != DEFAULT_BLOCKS or any(site.part == "middle" for site in self.sites):
+            return ()
+        inputs = [site.block_name for site in self.sites if site.part == "input"]
+        nearest = inputs[-1] if inputs else self.sites[0].block_name
+        return tuple(site for site in self.sites if site.block_name == nearest)
+
     def resolve(self, text: str) -> tuple[AttentionSite, ...]:
         """The sites that a comma-separated list of names and ranges selects, in running order, none twice.
 
         Raises ``BlockNameError`` for the first name that selects nothing or whose ends do not exist.
         """
+        if standing_in := self.stand_in(text):
+            return standing_in
         chosen: set[AttentionSite] = set()
         for item in _items(text):
             chosen.update(self._resolve_item(item))
@@ -119,6 +159,8 @@ class Topology:
 
     def resolve_known(self, text: str) -> tuple[AttentionSite, ...]:
         """Like ``resolve``, but leaves out what this U-Net lacks, of a range too: a refiner has fewer blocks."""
+        if standing_in := self.stand_in(text):
+            return standing_in
         chosen: set[AttentionSite] = set()
         for item in _items(text):
             chosen.update(self._select(item, whole=False))
@@ -126,7 +168,7 @@ class Topology:
 
     def unknown(self, text: str) -> list[str]:
         """The names and ranges of a list that this U-Net has nothing of."""
-        return [item for item in _items(text) if not self._select(item, whole=False)]
+        return [] if self.stand_in(text) else [item for item in _items(text) if not self._select(item, whole=False)]
 
     def _resolve_item(self, item: str) -> list[AttentionSite]:
         found = self._select(item, whole=True)
@@ -182,13 +224,12 @@ class Topology:
         return [site for site, number in zip(sites, numbers, strict=True) if first <= number <= last]
 
 
-def check_names(text: str) -> tuple[AttentionSite, ...]:
-    """Raises ``BlockNameError`` if an item of ``text`` can't be a block name of any U-Net; selects nothing."""
+def check_names(text: str) -> None:
+    """Raises ``BlockNameError`` if an item of ``text`` can't be a block name of any U-Net."""
     for item in _items(text):
         if not any(pattern.fullmatch(item.lower()) for pattern in (_MIDDLE, _LDM, _DIFFUSERS, _SHORT)):
             allowed = "middle, input.N, output.N, a range such as output.3-5, or one transformer block such as middle.0"
             raise BlockNameError(item, allowed)
-    return ()
 
 
 def _items(text: str) -> list[str]:
@@ -207,27 +248,44 @@ def _select_depths(
     return [site for site in sites if low <= site.depth <= high]
 
 
-def _part_sites(part: Part, blocks: Sequence[nn.Module], *, ends_stage: str) -> list[AttentionSite]:
+def _part_sites(part: Part, blocks: Sequence[nn.Module], *, ends_stage_with: str) -> list[AttentionSite]:
     sites: list[AttentionSite] = []
     stage = position = 0
     for index, block in enumerate(blocks):
-        transformers = [layer for layer in block.children() if hasattr(layer, "transformer_blocks")]
-        depth = 0
-        for transformer in transformers:
+        before, depth = len(sites), 0
+        for layers, transformer in _transformers(block):
             for transformer_block in transformer.get_submodule("transformer_blocks").children():
                 attention = getattr(transformer_block, "attn1", None)
                 if isinstance(attention, nn.Module) and not getattr(transformer_block, "disable_self_attn", False):
                     sites.append(AttentionSite(
                         part=part, index=index, depth=depth, stage=stage, position=position, block=block,
-                        transformer=transformer, transformer_block=transformer_block, attention=attention,
+                        layers=layers, transformer=transformer, transformer_block=transformer_block,
+                        attention=attention,
                     ))
                 depth += 1
-        position += bool(transformers)
-        if _ends_stage(block, ends_stage):
+        position += len(sites) > before
+        if ends_stage(block, ends_stage_with):
             stage, position = stage + 1, 0
     return sites
 
 
-def _ends_stage(block: nn.Module, layer_name: str) -> bool:
-    """Whether the resolution changes after this block."""
-    return any(type(layer).__name__ == layer_name for layer in block.children())
+def _transformers(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The transformers in a block, each with the module that holds it among its layers.
+
+    That is the block, or the block that another module has been put around.
+    """
+    found = []
+    for child in block.children():
+        found += [(block, child)] if hasattr(child, "transformer_blocks") else _transformers(child)
+    return found
+
+
+def layers_of(block: nn.Module) -> nn.Module:
+    """The layers of a block, which is the block itself unless another module has been put around it."""
+    inside = [child for child in block.children() if isinstance(child, nn.Sequential)]
+    return block if isinstance(block, nn.Sequential) or len(inside) != 1 else layers_of(inside[0])
+
+
+def ends_stage(block: nn.Module, layer_name: str) -> bool:
+    """Whether the resolution changes in this block, by a layer of this class."""
+    return any(type(layer).__name__ == layer_name for layer in layers_of(block).children())

@@ -1,109 +1,189 @@
-"""What the guidance needs to know of the WebUI's loaded model, sampler and options."""
+"""AUTOMATIC1111's WebUI, 1.8 to 1.10.
+
+Its ``CFGDenoiser.forward`` fires the CFG-denoiser callback, calls ``inner_model`` once or several times with the step's
+rows in order (every sub-prompt of each image, then the unconditional ones, if they are not left out), fires the
+CFG-denoised callback, combines, blends the mask in and fires the after-CFG callback.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from modules import lowvram, sd_models, sd_unet, shared
+from modules import lowvram, processing, sd_models, sd_unet, shared
 from modules.hypernetworks import hypernetwork
 from torch import Tensor
 
 from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
-from sag_pag.engine.session import HiresPass, RowLayout, SigmaSpace, Space, TimestepSpace
+from sag_pag.engine.patching import Forward, Hook, forward_replaced
+from sag_pag.engine.plan import HiresPass
+from sag_pag.engine.rows import Row, StepRows
+from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 from sag_pag.engine.topology import Topology
-from sag_pag.webui import texts
+from sag_pag.hosts.interface import DenoiserCall, NoModelError, TakeCall, UnguidableModelError
 
 
-class UnguidableModelError(Exception):
-    """The loaded model has no U-Net whose self-attention can be reached; the message says why."""
+class A1111:
+    """The WebUI's loaded model and options."""
+
+    def topology(self, known: Topology | None = None) -> Topology:
+        """As the interface says. A refiner or the hires pass may have loaded another model meanwhile."""
+        model = sd_models.model_data.sd_model  # asking ``shared`` for it would load one
+        if model is None:
+            raise NoModelError("no model is loaded yet")
+        if sd_unet.current_unet is not None:
+            raise UnguidableModelError(f"the U-Net {sd_unet.current_unet.option.label} replaces the model's own")
+        try:
+            unet = model.model.diffusion_model
+            if known is not None and known.is_still(unet):
+                return known
+            topology = Topology(unet)
+        except (AttributeError, TypeError) as error:
+            raise UnguidableModelError(f"{type(model).__name__} has no U-Net of the Stable Diffusion kind") from error
+        if not topology.sites:
+            raise UnguidableModelError(f"{type(model).__name__} has no self-attention")
+        return topology
+
+    def checkpoint(self) -> str:
+        """The loaded checkpoint's name."""
+        name: str = shared.sd_model.sd_checkpoint_info.name_for_extra
+        return name
+
+    def generations(self) -> tuple[type, ...]:
+        """Those of txt2img and img2img."""
+        return processing.StableDiffusionProcessingTxt2Img, processing.StableDiffusionProcessingImg2Img
+
+    def step(self, params: Any) -> A1111Step:
+        """The step that a CFG-denoiser callback is about."""
+        return A1111Step(params)
+
+    def is_short_of_memory(self) -> bool:
+        """With ``--medvram`` or ``--lowvram``, or "Batch cond/uncond" off."""
+        return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
+
+    def moves(self, hook: Hook) -> bool:
+        """Those of ``--medvram`` and ``--lowvram``."""
+        return bool(getattr(hook, "__module__", "") == lowvram.__name__)
+
+    def key_value_inputs(self) -> KeyValueInputs:
+        """What the loaded hypernetworks, if any, make of a self-attention's tokens."""
+        loaded = shared.loaded_hypernetworks
+        if not loaded:
+            return unchanged_inputs
+        return lambda tokens: hypernetwork.apply_hypernetworks(loaded, tokens)
+
+    def is_tiling(self) -> bool:
+        """Whether "Tiling" has made the model's convolutions circular."""
+        out = shared.sd_model.model.diffusion_model.get_submodule("out")
+        return any(getattr(layer, "padding_mode", "") == "circular" for layer in out.modules())
+
+    def hires_pass(self, p: Any) -> HiresPass | None:
+        """The pass of hires. fix that ``p`` is in, ``None`` without hires. fix."""
+        if not getattr(p, "enable_hr", False):
+            return None
+        return "hires pass" if p.is_hr_pass else "first pass"
+
+    def has_other_model(self, p: Any, hires: HiresPass | None, *, start: float) -> bool:
+        """Whether the hires pass's own checkpoint, or the refiner, may run it."""
+        if hires == "hires pass" and getattr(p, "hr_checkpoint_info", None) is not None:
+            return True
+        switch_at = getattr(p, "refiner_switch_at", None)
+        return getattr(p, "refiner_checkpoint_info", None) is not None and switch_at is not None and start >= switch_at
+
+    def disregarded_fields(self) -> set[str]:
+        """The infotext fields that the user's options say to leave alone when a text is pasted."""
+        return set(shared.opts.infotext_skip_pasting)
 
 
-def loaded_topology() -> Topology:
-    """The loaded model's self-attentions. Raises ``UnguidableModelError``."""
-    if sd_unet.current_unet is not None:
-        raise UnguidableModelError(f"the U-Net {sd_unet.current_unet.option.label} replaces the model's own")
-    model = shared.sd_model
-    try:
-        topology = Topology(model.model.diffusion_model)
-    except (AttributeError, TypeError) as error:
-        raise UnguidableModelError(f"{type(model).__name__} has no U-Net of the Stable Diffusion kind") from error
-    if not topology.sites:
-        raise UnguidableModelError(f"{type(model).__name__} has no self-attention")
-    return topology
+class A1111Step:
+    """One step of the WebUI's ``CFGDenoiser``."""
 
+    def __init__(self, params: Any) -> None:
+        self.params = params
+        self.denoiser = params.denoiser
 
-def model_in_memory() -> Topology | str:
-    """The loaded model's self-attentions, or why there are none. Never loads a model, so the panel may ask."""
-    if sd_models.model_data.sd_model is None:
-        return texts.NO_MODEL
-    try:
-        return loaded_topology()
-    except UnguidableModelError as error:
-        return str(error)
+    @contextmanager
+    def taken_by(self, take: TakeCall) -> Iterator[None]:
+        """As the interface says."""
+        open_still, seen = True, set[Row]()
 
+        def make(denoise: Forward) -> Forward:
+            def forward(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
+                rows = self._rows_of(x) if open_still else ()  # others may keep this beyond the step
+                if not rows or not seen.isdisjoint(rows):
+                    return denoise(x, sigma, **kwargs)
+                seen.update(rows)
+                return take(DenoiserCall(denoise, x, sigma, kwargs["cond"], rows))
 
-def progress(denoiser: Any, sigma: Tensor) -> float:
-    """How far from noise (0) to picture (1) the step is, on the scale of the WebUI's "Refiner: switch at".
+            return forward
 
-    ``sigma`` is what the denoiser got: noise levels from k-diffusion samplers, timesteps from the others.
-    """
-    largest = torch.max(sigma)
-    if _alphas(denoiser) is None:
-        largest = denoiser.inner_model.sigma_to_t(largest[None], quantize=True)
-    return (999 - int(largest)) / 1000
+        try:
+            with forward_replaced(self.denoiser.inner_model, make):
+                yield
+        finally:
+            open_still = False
 
+    def _rows_of(self, x: Tensor) -> tuple[Row, ...]:
+        """What the rows of a call are; nothing if it is not one of the step's.
 
-def space(denoiser: Any) -> Space:
-    """The space that the sampler's denoiser predicts in."""
-    alphas = _alphas(denoiser)
-    return SigmaSpace() if alphas is None else TimestepSpace(alphas)
+        The WebUI calls with its tensor of all rows, or with a part of it: where in it says which rows they are.
+        """
+        every: Tensor = self.params.x
+        rows = self.rows.rows
+        if len(every) != len(rows) or x.shape[1:] != every.shape[1:]:
+            return ()
+        if x.untyped_storage().data_ptr() != every.untyped_storage().data_ptr():
+            return rows if len(x) == len(rows) else ()
+        first = (x.storage_offset() - every.storage_offset()) // every.stride(0)
+        return rows[first : first + len(x)]
 
+    def is_of(self, inner_model: Any) -> bool:
+        """Whether a CFG-denoised callback with this model is this step's."""
+        return self.denoiser.inner_model is inner_model
 
-def _alphas(denoiser: Any) -> Tensor | None:
-    """The alphas by timestep of a sampler that works with timesteps, ``None`` for one that works with sigmas."""
-    return getattr(denoiser, "alphas", None)
+    def progress(self, sigma: Tensor) -> float:
+        """On the scale of the WebUI's "Refiner: switch at".
 
+        ``sigma`` are noise levels from k-diffusion samplers, timesteps from the others.
+        """
+        largest = torch.max(sigma)
+        if self._alphas is None:
+            largest = self.denoiser.inner_model.sigma_to_t(largest[None], quantize=True)
+        return (999 - int(largest)) / 1000
 
-def row_layout(denoiser: Any) -> RowLayout:
-    """The rows of the step's U-Net calls: every sub-prompt of each image, then the unconditional ones."""
-    batch = denoiser.sampler.sampler_extra_args["cond"].batch
-    conds = tuple((image, float(prompt.weight)) for image, prompts in enumerate(batch) for prompt in prompts)
-    is_edit = shared.sd_model.cond_stage_key == "edit" and denoiser.image_cfg_scale not in (None, 1.0)
-    return RowLayout(conds=conds, images=len(batch), middle_rows=len(batch) if is_edit else 0)
+    @property
+    def rows(self) -> StepRows:
+        """Every sub-prompt of each image, InstructPix2Pix's third group, then the unconditional ones."""
+        batch = self.denoiser.sampler.sampler_extra_args["cond"].batch
+        is_edit = shared.sd_model.cond_stage_key == "edit" and self.denoiser.image_cfg_scale not in (None, 1.0)
+        conds = [
+            Row("cond", image, number, 1.0 if is_edit else float(prompt.weight))  # that model's CFG ignores weights
+            for image, prompts in enumerate(batch) for number, prompt in enumerate(prompts)
+        ]
+        others = [Row("other", image) for image in range(len(batch))] if is_edit else []
+        return StepRows((*conds, *others, *(Row("uncond", image) for image in range(len(batch)))))
 
+    @property
+    def space(self) -> Space:
+        """x0 for samplers that work with sigmas, noise for those that work with timesteps."""
+        return SigmaSpace() if self._alphas is None else TimestepSpace(self._alphas)
 
-def wants_own_call() -> bool:
-    """Whether memory is short, so that extra rows should not make a U-Net call larger."""
-    return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
+    @property
+    def factor(self) -> float:
+        """``DDIM CFG++`` divides CFG's scale; versions before 1.10 do not have it."""
+        return float(getattr(self.denoiser, "cond_scale_miltiplier", 1.0))
 
+    @property
+    def weight(self) -> Tensor | None:
+        """The mask, if the sampler blends after denoising; others put the protected area back before the next step."""
+        if self.denoiser.mask is None or self.denoiser.mask_before_denoising:
+            return None
+        weight: Tensor = self.denoiser.nmask
+        return weight
 
-def disregarded_fields() -> set[str]:
-    """The infotext fields that the user's options say to leave alone when a text is pasted."""
-    return set(getattr(shared.opts, "infotext_skip_pasting", ()))  # WebUI 1.7 does not have it
-
-
-def key_value_inputs() -> KeyValueInputs:
-    """What the loaded hypernetworks, if any, make of a self-attention's tokens before ``to_k`` and ``to_v``."""
-    loaded = shared.loaded_hypernetworks
-    if not loaded:
-        return unchanged_inputs
-    return lambda tokens: hypernetwork.apply_hypernetworks(loaded, tokens)
-
-
-def hires_pass(p: Any) -> HiresPass | None:
-    """The pass of hires. fix that ``p`` is in, ``None`` without hires. fix."""
-    if not getattr(p, "enable_hr", False):
-        return None
-    return "hires pass" if p.is_hr_pass else "first pass"
-
-
-def inpainting_weight(denoiser: Any) -> Tensor | None:
-    """Where guidance may change the step's result: the mask, if the sampler blends after denoising, else everywhere.
-
-    Samplers that work with timesteps put the protected area back before the next step instead.
-    """
-    if denoiser.mask is None or denoiser.mask_before_denoising:
-        return None
-    weight: Tensor = denoiser.nmask
-    return weight
+    @property
+    def _alphas(self) -> Tensor | None:
+        """The alphas by timestep of a sampler that works with timesteps, ``None`` for one that works with sigmas."""
+        return getattr(self.denoiser, "alphas", None)

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from sag_pag.engine.cost import Pass, PictureCost, UNetCost, picture_cost
-from sag_pag.engine.session import check_blocks
+from sag_pag.engine.plan import check_blocks
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import FEATURES, PARAMETERS, Feature, Parameter, SettingError, Settings
 from sag_pag.webui import texts

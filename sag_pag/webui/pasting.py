@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from sag_pag.hosts import a1111 as host
+from sag_pag import hosts
 from sag_pag.settings import PARAMETERS, SettingError, complete_infotext
 from sag_pag.webui.migration import migrate
 
@@ -30,7 +30,7 @@ def on_infotext_pasted(_infotext: str, params: dict[str, Any]) -> None:
     migration = migrate(params)
     params.update(migration.fields)
     params.update(complete_infotext(params))
-    for disregarded in host.disregarded_fields() & {parameter.infotext for parameter in PARAMETERS.values()}:
+    for disregarded in hosts.current().disregarded_fields() & {parameter.infotext for parameter in PARAMETERS.values()}:
         params.pop(disregarded, None)
     if migration.notes:
         _warn(migration.message)

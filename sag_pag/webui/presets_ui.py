@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from sag_pag.engine.session import check_blocks
+from sag_pag.engine.plan import check_blocks
 from sag_pag.settings import PARAMETERS, SettingError, Settings
 from sag_pag.webui import texts
 from sag_pag.webui.presets import STORE, PresetError, PresetStore

@@ -7,12 +7,13 @@ from typing import Any, Optional, Union
 
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
-from modules import sd_models, shared
+from modules import shared
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictStr
 
+from sag_pag import hosts
 from sag_pag.engine.cost import UNetCost
 from sag_pag.engine.topology import AttentionSite
-from sag_pag.hosts import a1111 as host
+from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter
 from sag_pag.webui.presets import STORE, PresetError
 
@@ -104,18 +105,17 @@ def blocks(width: int = _PIXELS, height: int = _PIXELS) -> Blocks:
 
     Status 409 where there are none.
     """
-    if sd_models.model_data.sd_model is None:  # asking ``shared`` for it would load it
-        raise HTTPException(status_code=409, detail="no model is loaded")
+    host = hosts.current()
     try:
-        topology = host.loaded_topology()
-    except host.UnguidableModelError as error:
+        topology = host.topology()
+    except UnguidableModelError as error:
         raise HTTPException(status_code=409, detail=str(error)) from error
     cost = UNetCost(topology, (height // 8, width // 8))
     by_name: dict[str, list[AttentionSite]] = {name: [] for name in topology.block_names()}
     for site in topology.sites:
         by_name[site.block_name].append(site)
     return Blocks(
-        checkpoint=shared.sd_model.sd_checkpoint_info.name_for_extra,
+        checkpoint=host.checkpoint(),
         blocks=[describe_block(cost, sites) for sites in by_name.values()],
     )
 

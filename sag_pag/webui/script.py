@@ -6,12 +6,14 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
-from sag_pag.hosts import a1111 as host
+from sag_pag import hosts
+from sag_pag.engine.topology import Topology
+from sag_pag.hosts.interface import NoModelError, UnguidableModelError
 from sag_pag.settings import PARAMETERS, SettingError, Settings
-from sag_pag.webui import texts, xyz
+from sag_pag.webui import record, texts, xyz
 from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.pasting import on_infotext_pasted
-from sag_pag.webui.runs import NOTE, VIEWS, Callbacks
+from sag_pag.webui.sampling import VIEWS, Sampling
 from sag_pag.webui.seen import show
 
 try:
@@ -19,7 +21,7 @@ try:
 except ImportError:  # before WebUI 1.7
     InputAccordion = None
 
-CALLBACKS = Callbacks()
+SAMPLING = Sampling(hosts.current())
 
 _SHOWN = "sag_pag_shown"
 """Attribute of a processing object: by picture number the sheets of what SAG saw, until they are in the gallery."""
@@ -50,7 +52,7 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        model, hires = host.model_in_memory, not is_img2img
+        model, hires = model_in_memory, not is_img2img
         panel = self._panel = Panel(self.elem_id, switch=InputAccordion, model=model, hires=hires)
         keys = [parameter.infotext for parameter in PARAMETERS.values()]
         self.infotext_fields = list(zip(panel.controls, keys, strict=True))
@@ -73,23 +75,26 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
             self._panel, self._around = None, {}
 
     def process(self, p: Any, *args: Any) -> None:
-        """Writes the infotext; a picture's metadata says what was on."""
+        """Before the first batch."""
         for name in (VIEWS, _SHOWN):
             vars(p).pop(name, None)
-        for key in (NOTE, *(parameter.infotext for parameter in PARAMETERS.values())):
-            p.extra_generation_params.pop(key, None)
-        settings = read_settings(args)
-        if isinstance(settings, Settings):
-            p.extra_generation_params.update(settings.infotext())
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        """Right before the batch is sampled."""
+        """Right before the batch is sampled, and before its metadata is written for the first time."""
         settings = read_settings(args)
-        off = isinstance(settings, Settings) and not settings.enabled
-        CALLBACKS.prepare(p, None if off else settings)
+        if isinstance(settings, Settings) and not settings.enabled:
+            SAMPLING.forget(p)
+            record.clear(p)
+        else:
+            SAMPLING.prepare(p, settings)
+
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        """Right after the batch was sampled."""
+        SAMPLING.end_batch(p)
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
-        """Draws what SAG saw of this picture, if that is to be shown."""
+        """Sees to the picture's metadata, and draws what SAG saw of it, if that is to be shown."""
+        SAMPLING.write_record(p)
         if p.script_args and p.script_args[0]:
             return  # a script such as SD upscale puts its pictures together itself and takes every one for a tile
         views = [(at, view.attention[p.batch_index], view.mask[p.batch_index]) for at, view in vars(p).get(VIEWS, ())]
@@ -101,6 +106,7 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         """Adds what was drawn to the gallery, and to what the API gives, with the infotext of the pictures."""
         shown = vars(p).pop(_SHOWN, {})
         vars(p).pop(VIEWS, None)
+        SAMPLING.forget(p)
         if not shown:
             return
         own = processed.infotexts[processed.index_of_first_image :] or processed.infotexts
@@ -109,6 +115,16 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         missing = len(processed.images) - len(processed.infotexts)
         processed.infotexts.extend([own[-1]] * missing + [text for _, text in added])
         processed.images.extend(sheet for sheet, _ in added)
+
+
+def model_in_memory() -> Topology | str:
+    """The loaded model's self-attentions, or why there are none."""
+    try:
+        return hosts.current().topology()
+    except NoModelError:
+        return texts.NO_MODEL
+    except UnguidableModelError as error:
+        return str(error)
 
 
 def read_settings(args: tuple[Any, ...]) -> Settings | SettingError:
@@ -130,9 +146,12 @@ def add_routes(demo: Any, app: Any) -> None:
 
 def register() -> None:
     """Registers all callbacks and axes. The WebUI forgets them on every "Reload UI" and runs the script file again."""
-    script_callbacks.on_cfg_denoiser(CALLBACKS.on_cfg_denoiser)
-    script_callbacks.on_cfg_denoised(CALLBACKS.on_cfg_denoised)
-    script_callbacks.on_cfg_after_cfg(CALLBACKS.on_cfg_after_cfg)
+    script_callbacks.on_cfg_denoiser(SAMPLING.on_cfg_denoiser)
+    script_callbacks.on_cfg_denoised(SAMPLING.on_cfg_denoised)
+    script_callbacks.on_cfg_after_cfg(SAMPLING.on_cfg_after_cfg)
     script_callbacks.on_infotext_pasted(on_infotext_pasted)
     script_callbacks.on_app_started(add_routes)
+    script_callbacks.on_script_unloaded(SAMPLING.give_back)
+    for kind in hosts.current().generations():
+        SAMPLING.replace_in(kind)
     xyz.register_axes()

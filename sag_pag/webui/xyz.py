@@ -8,9 +8,10 @@ from typing import Any
 
 from modules import scripts
 
-from sag_pag.engine.session import check_blocks
+from sag_pag import hosts
+from sag_pag.engine.plan import check_blocks
 from sag_pag.engine.topology import Topology
-from sag_pag.hosts import a1111 as host
+from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_switches
 from sag_pag.webui import texts
 from sag_pag.webui.runs import RefusedError
@@ -108,8 +109,8 @@ def _topology(p: Any) -> Topology | None:
     if "sd_model_checkpoint" in p.override_settings:
         return None
     try:
-        return host.loaded_topology()
-    except host.UnguidableModelError:
+        return hosts.current().topology()
+    except UnguidableModelError:
         return None
 
 

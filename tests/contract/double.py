@@ -122,6 +122,10 @@ class Host:
 def forget_modules() -> dict[str, Any]:
     """Takes the double, and what is imported on top of it, out of ``sys.modules``; gives back what was there."""
     names = [name for name in sys.modules if name.startswith(OURS) and name.split(".")[0] in ROOTS]
+    for name in names:
+        package, _, last = name.rpartition(".")
+        if package in sys.modules:
+            vars(sys.modules[package]).pop(last, None)  # else "from package import module" finds it there
     return {name: sys.modules.pop(name) for name in names}
 
 

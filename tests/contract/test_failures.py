@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -97,17 +98,21 @@ def test_the_maths_raise_in_a_callback(
     leaves_nothing(host, p, expected)
 
 
-@pytest.mark.parametrize(
-    "function", ["row_layout", "progress", "space", "loaded_topology", "key_value_inputs", "inpainting_weight"]
-)
+@pytest.mark.parametrize("function", [
+    "A1111Step.rows", "A1111Step.progress", "A1111Step.space", "A1111.topology", "A1111.key_value_inputs",
+    "A1111Step.weight", "A1111Step.factor", "A1111.step", "A1111.is_short_of_memory", "A1111.is_tiling",
+])
 def test_the_host_is_not_as_expected(host: Host, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     """A WebUI of another version lacks something: no unguided picture that claims to be guided."""
     def missing(*_: Any, **__: Any) -> None:
         raise AttributeError(function)
 
     p = host.processing_for(BOTH)
+    kind, name = function.split(".")
+    owner = getattr(import_module("sag_pag.hosts.a1111"), kind)
+    is_property = isinstance(vars(owner)[name], property)
     with monkeypatch.context() as patch:
-        patch.setattr(f"sag_pag.hosts.a1111.{function}", missing)
+        patch.setattr(owner, name, property(missing) if is_property else missing)
         with pytest.raises(AttributeError, match=function):
             host.processing.process_images(p)
     assert "sample" not in vars(p)
@@ -123,12 +128,19 @@ def test_a_webui_before_ddim_cfgpp(host: Host, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("settings", [{"pag_scale": 3}, {"sag_scale": 1}, BOTH])
 def test_more_rows_than_announced(host: Host, settings: dict[str, Any]) -> None:
-    """Another extension has changed the batch: rather no picture than a wrongly guided one."""
+    """Another extension has changed the batch: the picture is what it is without us, and says so."""
     def add_a_row(params: Any) -> None:
         for name in ("x", "sigma", "text_cond", "image_cond"):
             rows = getattr(params, name)
             setattr(params, name, torch.cat([rows[:1], rows]))
 
-    host.script_callbacks.callbacks["cfg_denoiser"].insert(0, add_a_row)
-    with pytest.raises(RuntimeError, match=r"the denoiser was called with 0 rows of 2"):
-        host.generate(settings)
+    registered = host.script_callbacks.callbacks["cfg_denoiser"]
+    registered.insert(0, add_a_row)
+    p = host.processing_for(settings)
+    result = host.processing.process_images(p)
+    assert list(p.extra_generation_params) == ["SAG/PAG note"]
+    assert "not applied" in result.infotexts[0]
+    with host.without_extension():
+        registered.append(add_a_row)
+        assert torch.equal(result.latents[0], host.processing.process_images(host.processing.Processing()).latents[0])
+        registered.clear()

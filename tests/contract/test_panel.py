@@ -105,7 +105,7 @@ def test_the_page_asks_again_only_while_no_model_is_loaded(host: Host, loaded: b
 
 @pytest.mark.parametrize(("grid", "masks"), [(False, 0), (True, 0), (False, 2)])
 def test_sheets_come_last_with_the_infotexts_of_their_pictures(host: Host, grid: bool, masks: int) -> None:
-    from sag_pag.webui.runs import VIEWS
+    from sag_pag.webui.sampling import VIEWS
 
     view = SimpleNamespace(attention=torch.ones(2, 2, 2), mask=torch.ones(2, 4, 4))
     p = SimpleNamespace(script_args=(0,), batch_size=2, iteration=0, batch_index=0, **{VIEWS: [(0.5, view)]})
@@ -124,7 +124,7 @@ def test_sheets_come_last_with_the_infotexts_of_their_pictures(host: Host, grid:
 
 
 def test_no_sheets_for_scripts_that_put_pictures_together(host: Host) -> None:
-    from sag_pag.webui.runs import VIEWS
+    from sag_pag.webui.sampling import VIEWS
 
     view = SimpleNamespace(attention=torch.ones(1, 2, 2), mask=torch.ones(1, 4, 4))
     p = SimpleNamespace(script_args=(3,), batch_size=1, iteration=0, batch_index=0, **{VIEWS: [(0.5, view)]})

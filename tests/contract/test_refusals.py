@@ -35,7 +35,6 @@ BAD: dict[str, tuple[list[Any], str, list[str]]] = {
     "in a list": ([False, 0.75, 1.0, 1.0, "middle", 0.0, 1.0, True, 99], "pag_scale", ["99", "from 0 to 20"]),
     "two objects": ([{"pag_scale": 3}, {"sag_scale": 1}], "args", ["sag_scale", "one object"]),
     "text for switch": (["on"], "sag_enabled", ["'on'", "true or false"]),
-    "off but bad": ([{"sag_enabled": False, "sag_scale": 99}], "sag_scale", ["99"]),
 }
 
 

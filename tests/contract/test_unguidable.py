@@ -39,7 +39,7 @@ def make_unguidable(host: Host, monkeypatch: pytest.MonkeyPatch, how: str) -> No
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-    monkeypatch.setattr("sag_pag.hosts.a1111.shared", SimpleNamespace(sd_model=Elsewhere(), opts=host.shared.opts))
+    monkeypatch.setattr(host.sd_models, "model_data", SimpleNamespace(sd_model=Elsewhere()))
 
 
 HOW = ["TensorRT", "SD3", "no model inside", "no attention"]

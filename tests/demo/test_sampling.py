@@ -13,7 +13,7 @@ from sag_pag.demo.captions import CaptionError
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import SAMPLERS, GuidedDenoiser, Recipe, noise_levels, noise_of, sample
 from sag_pag.demo.unet import redraw_
-from sag_pag.engine.session import GuidedStep
+from sag_pag.engine.step import GuidedStep
 from sag_pag.settings import Settings
 
 CAPTIONS = ["red star on green", "blue ring"]

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from sag_pag.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, timestep_embedding
-from sag_pag.engine.session import GuidedStep, RowLayout, StepPlan, TimestepSpace
+from sag_pag.engine.plan import StepPlan
+from sag_pag.engine.rows import StepRows
+from sag_pag.engine.spaces import TimestepSpace
+from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import Topology
 
 Layout = Literal["sd1", "sd2", "sdxl"]
@@ -140,18 +143,18 @@ def our_noise(
 ) -> Tensor:
     """The same step's guided noise prediction by the engine; without CFG there are no unconditional rows."""
     images = len(given.latents)
-    layout = RowLayout(conds=tuple((image, 1.0) for image in range(images)), images=images)
+    rows = StepRows.plain(images)
 
     def denoise(x: Tensor, sigma: Tensor, *, cond: Any) -> Tensor:
         out: Tensor = unet(x, sigma, cond["crossattn"], cond.get("vector"))
         return out
 
-    step = GuidedStep(denoise, plan, topology=Topology(unet), layout=layout, space=TimestepSpace(alphas))
+    step = GuidedStep(plan, topology=Topology(unet), rows=rows, space=TimestepSpace(alphas))
     with_cfg = cfg_scale > 1
     sources = (prompts.cond, prompts.uncond) if with_cfg else (prompts.cond,)
     cond = {key: torch.cat([source[key] for source in sources]) for key in prompts.cond}
     x = torch.cat([given.latents] * len(sources))
-    out = step(x, torch.full((len(x),), float(given.timestep)), cond=cond)
+    out = step(denoise, x, torch.full((len(x),), float(given.timestep)), cond=cond, rows=rows.rows[: len(x)])
     step.finish()
     conds, unconds = out[:images], out[images:]
     return step.apply(unconds + cfg_scale * (conds - unconds) if with_cfg else conds)

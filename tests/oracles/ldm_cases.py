@@ -12,8 +12,11 @@ from ldm_host import CONTEXT, TOKENS, Host, Layout, Prediction, Sampler, make_un
 from reference import Sag, perturbed, self_attention_guidance
 from torch import Tensor
 
-from sag_pag.engine.session import GuidedStep, RowLayout, plan_step
+from sag_pag.engine.plan import plan_at
+from sag_pag.engine.rows import Row, StepRows
+from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import Topology
+from sag_pag.neighbours import Neighbours
 from sag_pag.settings import Settings
 
 Calls = Literal["one call", "cond and uncond apart", "every row apart"]
@@ -59,9 +62,12 @@ class Case:
         return Host(cached_unet(self.layout, checkpointing=self.checkpointing), sampler, self.prediction)
 
     @property
-    def layout_of_rows(self) -> RowLayout:
-        conds = tuple((image, weight) for image, weights in enumerate(self.prompts) for weight in weights)
-        return RowLayout(conds=conds, images=len(self.prompts))
+    def rows(self) -> StepRows:
+        conds = [
+            Row("cond", image, number, weight)
+            for image, weights in enumerate(self.prompts) for number, weight in enumerate(weights)
+        ]
+        return StepRows((*conds, *(Row("uncond", image) for image in range(len(self.prompts)))))
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def make_inputs(case: Case, host: Host) -> Inputs:
     spread = (1 + level**2) ** 0.5 if host.sampler == "sigma" else 1.0
     return Inputs(
         x=normal(images, 4, *case.size) * spread, level=level,
-        conds=normal(len(case.layout_of_rows.conds), TOKENS, CONTEXT), unconds=normal(images, TOKENS, CONTEXT),
+        conds=normal(len(case.rows.conds), TOKENS, CONTEXT), unconds=normal(images, TOKENS, CONTEXT),
     )
 
 
@@ -104,14 +110,13 @@ def webui_cond(context: Tensor) -> dict[str, Any]:
 
 def engine_step(case: Case, host: Host) -> Step:
     """The step as a host makes it, with the engine standing in for the denoiser."""
-    inputs, layout = make_inputs(case, host), case.layout_of_rows
+    inputs, rows = make_inputs(case, host), case.rows
     topology = Topology(host.unet)
-    plan = plan_step(case.settings(), topology, progress=(999 - case.timestep) / 1000)
+    plan = plan_at(case.settings(), topology, progress=(999 - case.timestep) / 1000)
     assert plan is not None
-    step = GuidedStep(
-        host, plan, topology=topology, layout=layout, space=host.space, own_call=case.own_call
-    )
-    images = [image for image, _ in layout.conds]
+    manner = Neighbours(topology).manner(short_of_memory=case.own_call)
+    step = GuidedStep(plan, topology=topology, rows=rows, space=host.space, manner=manner)
+    images = [row.image for row in rows.conds]
     x, context, n_conds = inputs.x[images], inputs.conds, len(images)
     if case.uncond:
         x, context = torch.cat([x, inputs.x]), torch.cat([context, inputs.unconds])
@@ -121,7 +126,7 @@ def engine_step(case: Case, host: Host) -> Step:
     }[case.calls]
     level = torch.full((total,), inputs.level, dtype=torch.float64)
     out = torch.cat([
-        step(x[a:b], level[a:b], cond=webui_cond(context[a:b]))
+        step(host, x[a:b], level[a:b], cond=webui_cond(context[a:b]), rows=rows.rows[a:b])
         for a, b in itertools.pairwise(bounds) if a < b
     ])
     conds, unconds = out[:n_conds].clone(), out[n_conds:].clone() if case.uncond else None
@@ -134,11 +139,11 @@ def engine_step(case: Case, host: Host) -> Step:
 
 def classifier_free_guidance(case: Case, conds: Tensor, unconds: Tensor | None, scale: float = CFG_SCALE) -> Tensor:
     """The WebUI's: without unconditional predictions the first sub-prompt's stand in for them."""
-    rows = case.layout_of_rows
-    base = conds[rows.first_cond_rows()] if unconds is None else unconds
+    rows = case.rows.conds
+    base = conds[[rows.index(row) for row in case.rows.first_conds()]] if unconds is None else unconds
     result = base.clone()
-    for row, (image, weight) in enumerate(rows.conds):
-        result[image] += weight * scale * (conds[row] - base[image])
+    for index, row in enumerate(rows):
+        result[row.image] += row.weight * scale * (conds[index] - base[row.image])
     return result
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sag_pag.demo.unet import redraw_
-from sag_pag.engine.session import SigmaSpace, Space, TimestepSpace
+from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 
 Layout = Literal["sd1", "sd2"]
 Sampler = Literal["sigma", "timestep"]

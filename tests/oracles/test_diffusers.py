@@ -29,7 +29,7 @@ from diffusers_side import (
 from torch import Tensor, nn
 
 from sag_pag.demo.layers import CrossAttention, fused_forward
-from sag_pag.engine.session import StepPlan, plan_step
+from sag_pag.engine.plan import StepPlan, plan_at
 from sag_pag.engine.topology import BlockNameError, Topology
 from sag_pag.settings import Settings
 
@@ -58,7 +58,7 @@ def progress(timestep: int) -> float:
 
 
 def plan_for(settings: Settings, unet: UNetModel, at: float) -> StepPlan:
-    plan = plan_step(settings, Topology(unet), progress=at)
+    plan = plan_at(settings, Topology(unet), progress=at)
     assert plan is not None
     return plan
 
@@ -165,7 +165,7 @@ def test_adaptive_scale_is_a_fade_one_timestep_apart(cfg_scale: float, dtype: to
     plans = [plan_for(settings, comparison.unet, (1000 - given.timestep) / 1000) for given in guided]
     assert comparison.error(guided, plans) < TOLERANCE[dtype]
     for given in unguided:
-        assert plan_step(settings, Topology(comparison.unet), progress=(1000 - given.timestep) / 1000) is None
+        assert plan_at(settings, Topology(comparison.unet), progress=(1000 - given.timestep) / 1000) is None
 
 
 def perturbed_modules(layout: Layout, layers: list[str]) -> set[str]:

@@ -12,6 +12,7 @@ from ldm_host import Sampler, alphas_cumprod, float64_inference
 from reference import perturbed
 
 from sag_pag.engine.branch import Branch, denoise_with_branch
+from sag_pag.engine.calls import APART, JOINED
 from sag_pag.engine.topology import Topology
 
 TOLERANCE = 1e-10
@@ -130,8 +131,8 @@ def test_any_rows_can_be_perturbed(block: str, rows: range, own_call: bool) -> N
     x, levels = inputs.x[[0, 0, 1, 1]], torch.tensor([900.0, 700, 500, 300], dtype=torch.float64)
     topology = Topology(host.unet)
     out, worse = denoise_with_branch(host, x, levels, cond=inputs.conds, branch=Branch(
-        topology, lambda tokens: (tokens, tokens), perturbed_rows=rows, perturbed=topology.resolve(block),
-        own_call=own_call,
+        topology, lambda tokens: (tokens, tokens), rows=rows, perturbed=topology.resolve(block),
+        manner=APART if own_call else JOINED,
     ))
     assert worse is not None
     own = slice(rows.start, rows.stop)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sag_pag.demo.layers import fused_forward
 from sag_pag.engine.attention import MapCapture
 from sag_pag.engine.branch import Branch, denoise_with_branch
+from sag_pag.engine.calls import APART, JOINED
 from sag_pag.engine.topology import Topology
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")
@@ -60,10 +61,10 @@ def denoise(host: Host, case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
     x, levels = torch.cat([inputs.x] * 2), torch.full((4,), inputs.level, dtype=torch.float64)
     cond = webui_cond(torch.cat([inputs.conds, inputs.unconds]))
     out, worse = denoise_with_branch(host, x, levels, cond=cond, branch=Branch(
-        topology, lambda tokens: (tokens, tokens), perturbed_rows=range(2 if case.perturb else 0),
+        topology, lambda tokens: (tokens, tokens), rows=range(2 if case.perturb else 0),
         perturbed=topology.resolve(", ".join(case.perturb)),
         capture=MapCapture([2, 3], (x.shape[2], x.shape[3])) if case.read else None,
-        read=topology.resolve(case.read)[0] if case.read else None, own_call=case.own_call,
+        read=topology.resolve(case.read)[0] if case.read else None, manner=APART if case.own_call else JOINED,
     ))
     return host(x, levels, cond=cond), out, worse
 

@@ -15,11 +15,13 @@ from sag_pag.engine import attention as ours
 from sag_pag.engine.attention import (
     AttentionPatch,
     MapCapture,
+    MapSize,
+    Perturb,
     attention_received,
-    first_rows,
-    identity_attention,
     unchanged_inputs,
 )
+from sag_pag.engine.perturbations import identity_attention
+from sag_pag.engine.rows import take_rows
 
 
 def layer(*, heads: int = 3, dim_head: int = 4, seed: int = 1) -> CrossAttention:
@@ -74,51 +76,67 @@ def test_identity_attention_is_an_identity_map_put_in_the_middle() -> None:
     x, module = tokens(2, 7), layer()
     values = module.to_v(x).unflatten(-1, (3, 4)).transpose(1, 2)
     expected = module.to_out((torch.eye(7) @ values).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(identity_attention(module, x, unchanged_inputs), expected)
-    changed = identity_attention(module, x, lambda t: (t * 9, t / 2))
-    torch.testing.assert_close(changed, identity_attention(module, x / 2, unchanged_inputs))
+    torch.testing.assert_close(identity_attention(module, x, SIZE, unchanged_inputs), expected)
+    changed = identity_attention(module, x, SIZE, lambda t: (t * 9, t / 2))
+    torch.testing.assert_close(changed, identity_attention(module, x / 2, SIZE, unchanged_inputs))
 
 
-@pytest.mark.parametrize("identity_rows", [0, 1, 2, 4])
-def test_the_patch_perturbs_the_last_rows(identity_rows: int) -> None:
+SIZE = (1, 5)
+
+
+def identity(module: CrossAttention) -> Perturb:
+    return lambda x: identity_attention(module, x, SIZE, unchanged_inputs)
+
+
+@pytest.mark.parametrize("extra", [1, 2, 4])
+def test_the_patch_perturbs_the_last_rows(extra: int) -> None:
     module, x = layer(), tokens(4, 5)
-    patch = AttentionPatch(module, 4, identity_rows, unchanged_inputs)
+    patch = AttentionPatch(4, identity(module), extra)
     out = patch.wrap(module.forward)(x, context=None)
-    kept = 4 - identity_rows
+    kept = 4 - extra
     torch.testing.assert_close(out[:kept], module(x[:kept]))
-    torch.testing.assert_close(out[kept:], identity_attention(module, x[kept:], unchanged_inputs))
+    torch.testing.assert_close(out[kept:], identity(module)(x[kept:]))
     assert patch.applied
+
+
+def test_the_patch_overwrites_rows_of_the_hosts() -> None:
+    module, x = layer(), tokens(4, 5)
+    patch = AttentionPatch(4, identity(module), overwritten=[2, 0])
+    out = patch.wrap(module.forward)(x, context=None)
+    assert torch.equal(out[[1, 3]], module(x)[[1, 3]])
+    torch.testing.assert_close(out[[2, 0]], identity(module)(x[[2, 0]]))
 
 
 def test_the_patch_leaves_other_calls_alone() -> None:
     module = layer()
-    patch = AttentionPatch(module, 4, 2, unchanged_inputs, MapCapture([0], (1, 3)))
+    read: list[Tensor] = []
+    patch = AttentionPatch(4, identity(module), 2, read=read.append)
     x = tokens(3, 5)
     assert torch.equal(patch.wrap(module.forward)(x), module(x))
     assert not patch.applied
-    assert patch.capture is not None
-    assert patch.capture.received is None
+    assert not read
 
 
 def test_capture_reads_its_rows_in_their_order() -> None:
     module, x = layer(), tokens(4, 6)
     capture = MapCapture([3, 1], (2, 3))
-    patch = AttentionPatch(module, 4, 1, unchanged_inputs, capture)
-    patch.wrap(module.forward)(x)
+    patch = AttentionPatch(4, read=lambda own: capture.read(module, own, unchanged_inputs))
+    assert torch.equal(patch.wrap(module.forward)(x), module(x))
     assert capture.received is not None
     torch.testing.assert_close(capture.received.double(), from_whole_map(layer(), x[[3, 1]]), rtol=1e-5, atol=1e-5)
-    capture.watch_transformer(nn.Identity())(torch.zeros(4, 12, 2, 3))
-    assert capture.size == (2, 3)
+    size = MapSize()
+    size.watch(nn.Identity())(torch.zeros(4, 12, 2, 3))
+    assert size.known() == (2, 3)
 
 
-def test_first_rows() -> None:
+def test_taking_the_first_rows() -> None:
     batch, other, scalar = torch.arange(5), torch.arange(4), torch.tensor(5)
     nested = {"a": [batch, other], "b": (batch, {"c": batch}), "d": None, "e": "text", "f": scalar, "g": 5}
-    cut = first_rows(nested, 2, total=5)
+    cut = take_rows(nested, range(2), total=5)
     assert torch.equal(cut["a"][0], batch[:2])
     assert cut["a"][1] is other
     assert torch.equal(cut["b"][1]["c"], batch[:2])
     assert isinstance(cut["b"], tuple)
     assert cut["f"] is scalar
     assert (cut["d"], cut["e"], cut["g"]) == (None, "text", 5)
-    assert first_rows(OrderedDict(a=batch), 1, total=5)["a"].tolist() == [0]
+    assert take_rows(OrderedDict(a=batch), range(1), total=5)["a"].tolist() == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
 from sag_pag.engine.attention import MapCapture, unchanged_inputs
-from sag_pag.engine.branch import Branch, append_rows, denoise_with_branch, prefix_modules, select_rows
+from sag_pag.engine.branch import Branch, denoise_with_branch
+from sag_pag.engine.calls import APART, JOINED
+from sag_pag.engine.rows import take_rows
 from sag_pag.engine.topology import Topology
+from sag_pag.neighbours.unknown import REPEATED
 
 DEEP = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
@@ -79,7 +83,7 @@ def test_perturbed_rows(unet: nn.Module, text: str, own_call: bool, rows: range)
     topology, denoise = Topology(unet), Denoise(unet)
     x, sigma, cond = inputs()
     out, perturbed = denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
-        topology, unchanged_inputs, perturbed_rows=rows, perturbed=topology.resolve(text), own_call=own_call,
+        topology, unchanged_inputs, rows=rows, perturbed=topology.resolve(text), manner=APART if own_call else JOINED,
     ))  # fmt: skip
     assert denoise.rows == ([ROWS, len(rows)] if own_call else [ROWS + len(rows)])
     assert perturbed is not None
@@ -101,8 +105,8 @@ def test_reading_a_map_on_the_way(unet: nn.Module, read: str, perturb: str, own_
     for capture, text in zip(captures, ["", perturb], strict=True):
         sites = topology.resolve(text)
         denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
-            topology, unchanged_inputs, perturbed_rows=range(2 if sites else 0), perturbed=sites, own_call=own_call,
-            capture=capture, read=site,
+            topology, unchanged_inputs, rows=range(2 if sites else 0), perturbed=sites,
+            manner=APART if own_call else JOINED, capture=capture, read=site,
         ))  # fmt: skip
     alone, together = captures
     assert alone.received is not None
@@ -122,7 +126,8 @@ def test_noise_of_another_extension_is_the_same_in_both_calls(unet: nn.Module) -
     state = torch.get_rng_state()
     torch.manual_seed(1)
     out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
-        topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve("middle"), same_rows=True,
+        topology, unchanged_inputs, rows=range(2), perturbed=topology.resolve("middle"), manner=REPEATED,
+        watch=REPEATED.watch(),
     ))
     assert torch.equal(out, alone)
     assert torch.equal(torch.get_rng_state(), state)
@@ -144,8 +149,8 @@ def test_nothing_is_left_when_the_model_raises(unet: nn.Module, text: str, own_c
         raise KeyboardInterrupt
 
     branch = Branch(
-        topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve(text), own_call=own_call,
-        capture=MapCapture([3], (8, 6)), read=topology.resolve("output.0.0")[0],
+        topology, unchanged_inputs, rows=range(2), perturbed=topology.resolve(text),
+        manner=APART if own_call else JOINED, capture=MapCapture([3], (8, 6)), read=topology.resolve("output.0.0")[0],
     )
     handle = unet.get_submodule("output_blocks.3").register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
@@ -162,7 +167,8 @@ def test_an_attention_that_does_not_run_is_an_error(unet: nn.Module, own_call: b
     block = topology.resolve("middle.1")[0].transformer_block
     block.forward = lambda x, context=None: x  # type: ignore[method-assign]
     branch = Branch(
-        topology, unchanged_inputs, perturbed_rows=range(2), perturbed=topology.resolve("middle"), own_call=own_call
+        topology, unchanged_inputs, rows=range(2), perturbed=topology.resolve("middle"),
+        manner=APART if own_call else JOINED,
     )
     try:
         with pytest.raises(RuntimeError, match=r"middle\.1"):
@@ -176,16 +182,24 @@ def test_the_prefix_is_as_large_as_possible(unet: nn.Module) -> None:
     site = topology.resolve("middle.1")[0]
     middle: Any = unet.get_submodule("middle_block")
     expected = [*unet.get_submodule("input_blocks").children(), middle[0], middle[1].transformer_blocks[0]]
-    assert prefix_modules(topology, site) == expected
-    assert prefix_modules(topology, topology.resolve("input.1")[0])[-1] is unet.get_submodule("input_blocks.1.0")
+    assert topology.prefix(site) == expected
+    assert topology.prefix(topology.resolve("input.1")[0])[-1] is unet.get_submodule("input_blocks.1.0")
+
+
+class OfRows:
+    """A host's own value that knows what it is for some rows."""
+
+    def take_rows(self, rows: Sequence[int], *, total: int) -> str:
+        return f"{list(rows)} of {total}"
 
 
 def test_rows_of_conds() -> None:
+    """Only batches of that many rows are cut: a single row is for all, and what is longer is no batch."""
     rows, more = torch.arange(4), torch.arange(7)
-    cond = {"a": [rows, (rows,)], "b": more, "c": None, "d": "text"}
-    selected = select_rows(cond, range(1, 3))
-    assert [t.tolist() for t in (selected["a"][0], selected["a"][1][0], selected["b"])] == [[1, 2]] * 3
-    appended = append_rows(cond, range(1, 3), total=4)
-    assert [t.tolist() for t in (appended["a"][0], appended["a"][1][0], appended["b"])] == [[0, 1, 2, 3, 1, 2]] * 3
-    for result in (selected, appended):
-        assert (result["c"], result["d"]) == (None, "text")
+    cond = {"a": [rows, (rows,)], "b": more, "one": rows[:1], "c": None, "d": "text", "own": OfRows()}
+    for wanted in ([1, 2], [0, 1, 2, 3, 1, 2], [3, 0]):
+        taken = take_rows(cond, wanted, total=4)
+        assert [t.tolist() for t in (taken["a"][0], taken["a"][1][0])] == [wanted] * 2
+        assert (taken["c"], taken["d"], taken["own"]) == (None, "text", f"{wanted} of 4")
+        assert taken["b"] is more
+        assert taken["one"].tolist() == [0]

@@ -11,7 +11,7 @@ import torch
 from sag_pag.benchmark.steps import Method, step_config, step_flops
 from sag_pag.demo.unet import UNetModel
 from sag_pag.engine.cost import Pass, UNetCost, picture_cost
-from sag_pag.engine.session import plan_step
+from sag_pag.engine.plan import plan_at
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
@@ -54,7 +54,7 @@ def cost_of(layout: str, latent: int) -> UNetCost:
 @pytest.mark.parametrize(("layout", "latent"), [("sd1", 32), ("sd2", 24), ("sdxl", 16)])
 def test_a_step_costs_what_is_counted(layout: str, latent: int, case: str) -> None:
     cost, counts = cost_of(layout, latent), counted(layout, latent)
-    plan = plan_step(Settings(**valid(layout)[case]), cost.topology, progress=0.5)
+    plan = plan_at(Settings(**valid(layout)[case]), cost.topology, progress=0.5)
     assert 2 * cost.row == counts["nothing"]
     blur = 2 * 2 * 9 * 4 * latent**2 if "sag_enabled" in CASES[case] else 0  # of nine taps, in two directions
     assert cost.step(plan, rows=2) == pytest.approx((counts[case] - blur) / counts["nothing"], abs=1e-12)
@@ -75,7 +75,7 @@ def test_a_picture_costs_the_mean_of_its_steps() -> None:
     cost = cost_of("sd1", 32)
     passes = [Pass(cost, 20)]
     everywhere = picture_cost(Settings(pag_enabled=True), passes, rows=2)
-    step = cost.step(plan_step(Settings(pag_enabled=True), cost.topology, progress=0), rows=2)
+    step = cost.step(plan_at(Settings(pag_enabled=True), cost.topology, progress=0), rows=2)
     assert everywhere.step == step == pytest.approx(everywhere.picture)
     half = picture_cost(Settings(pag_enabled=True, pag_end=0.5), passes, rows=2)
     assert half.step == everywhere.step

@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "guidance": set(),
     "engine": {"settings", "guidance"},
-    "hosts": {"engine", "settings", "guidance", "webui"},
+    "hosts": {"engine", "settings", "guidance"},
     "neighbours": {"engine", "settings", "guidance"},
     "webui": {"hosts", "neighbours", "engine", "settings", "guidance"},
     "demo": {"engine", "settings", "guidance", "pages"},

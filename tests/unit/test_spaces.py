@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
-from sag_pag.engine.session import GuidedStep, RowLayout, SigmaSpace, Space, TimestepSpace, plan_step
+from sag_pag.engine.plan import plan_at
+from sag_pag.engine.rows import StepRows
+from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
+from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import Settings
 
@@ -20,7 +23,7 @@ TINY = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
     attention_resolutions=(2, 1), context_dim=8, num_heads=2,
 )
-LAYOUT = RowLayout(conds=((0, 1.0), (1, 1.0)), images=2)
+ROWS = StepRows.plain(2)
 BOTH_ON = Settings(sag_enabled=True, pag_enabled=True, sag_threshold=0.9)
 
 
@@ -51,11 +54,11 @@ def _float64_weights_compute_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
 
 def guided(unet: nn.Module, space: Space, predict: Callable[..., Tensor], x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
     topology = Topology(unet)
-    plan = plan_step(BOTH_ON, topology, progress=0.5)
+    plan = plan_at(BOTH_ON, topology, progress=0.5)
     assert plan is not None
-    step = GuidedStep(predict, plan, topology=topology, layout=LAYOUT, space=space)
+    step = GuidedStep(plan, topology=topology, rows=ROWS, space=space)
     context = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    out = step(x.repeat(2, 1, 1, 1), sigma.repeat(2), cond=context)
+    out = step(predict, x.repeat(2, 1, 1, 1), sigma.repeat(2), cond=context, rows=ROWS.rows)
     step.finish()
     conds, unconds = out.chunk(2)
     combined = unconds + 7 * (conds - unconds)

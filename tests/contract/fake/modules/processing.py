@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from modules import prompt_parser, scripts, shared
@@ -45,6 +47,7 @@ class Processing:
     extra_generation_params: dict[str, Any] = field(default_factory=dict)
     is_hr_pass: bool = field(default=False, init=False)
     iteration: int = field(default=0, init=False)
+    batch_index: int = field(default=0, init=False)
     c: Any = field(default=None, init=False)
     uc: Any = field(default=None, init=False)
 
@@ -80,10 +83,15 @@ class Processing:
         return latent
 
 
+StableDiffusionProcessingTxt2Img = StableDiffusionProcessingImg2Img = Processing
+
+
 @dataclass
 class Processed:
     latents: list[Tensor]
     infotexts: list[str]
+    images: list[Any] = field(default_factory=list)
+    index_of_first_image: int = 0
 
 
 def create_infotext(p: Processing) -> str:
@@ -116,8 +124,17 @@ def process_images(p: Processing) -> Processed:
             p.setup_conds()
             samples = p.sample(conditioning=p.c, unconditional_conditioning=p.uc)
             latents += list(samples)
-            infotexts += [create_infotext(p)] * len(samples)
-    return Processed(latents, infotexts)
+            if p.scripts is not None:
+                p.scripts.run_all("postprocess_batch", p, samples, batch_number=p.iteration)
+            for index in range(len(samples)):
+                p.batch_index = index
+                if p.scripts is not None:
+                    p.scripts.run_all("postprocess_image", p, SimpleNamespace(image=Image.new("RGB", (64, 48))))
+                infotexts.append(create_infotext(p))
+        processed = Processed(latents, infotexts)
+        if p.scripts is not None:
+            p.scripts.run_all("postprocess", p, processed)
+    return processed
 
 
 def answer(runner: scripts.ScriptRunner, p: Processing, alwayson: dict[str, list[Any]]) -> tuple[int, Any]:

@@ -8,7 +8,9 @@ from typing import Any
 
 from modules import errors
 
-KINDS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg", "infotext_pasted", "before_ui", "app_started")
+KINDS = (
+    "cfg_denoiser", "cfg_denoised", "cfg_after_cfg", "infotext_pasted", "before_ui", "app_started", "script_unloaded",
+)
 callbacks: dict[str, list[Callable[..., None]]] = {kind: [] for kind in KINDS}
 
 
@@ -64,3 +66,4 @@ on_cfg_after_cfg = _registrar("cfg_after_cfg")
 on_infotext_pasted = _registrar("infotext_pasted")
 on_before_ui = _registrar("before_ui")
 on_app_started = _registrar("app_started")
+on_script_unloaded = _registrar("script_unloaded")

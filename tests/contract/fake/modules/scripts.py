@@ -38,6 +38,15 @@ class Script:
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        pass
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        pass
+
     def elem_id(self, item_id: str) -> str:
         return f"script_{'img2img' if self.is_img2img else 'txt2img'}_{item_id}"
 
@@ -74,11 +83,11 @@ class ScriptRunner:
                 args[script.args_from + offset] = value
         return args
 
-    def run_all(self, method: str, p: Any, **kwargs: Any) -> None:
+    def run_all(self, method: str, p: Any, *given: Any, **kwargs: Any) -> None:
         """Calls a method of every always-on script; what it raises is reported and forgotten."""
         for script in self.alwayson_scripts:
             try:
-                getattr(script, method)(p, *p.script_args[script.args_from : script.args_to], **kwargs)
+                getattr(script, method)(p, *given, *p.script_args[script.args_from : script.args_to], **kwargs)
             except Exception as error:  # noqa: BLE001 - as the host does
                 errors.report(error)
 
@@ -95,6 +104,7 @@ def load_module(path: Path) -> ModuleType:
 
 def load_scripts(*paths: Path) -> None:
     """As at the start and on every "Reload UI": forgets all callbacks, executes all script files."""
+    script_callbacks.run("script_unloaded")
     scripts_data.clear()
     script_callbacks.clear()
     for path in paths:

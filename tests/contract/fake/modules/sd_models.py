@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules import shared
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
 
 WIDTH = 8  # of a prompt's tokens
@@ -78,6 +79,17 @@ class StableDiffusion(nn.Module):
         assert len(x) == len(t) == len(context)
         out: Tensor = self.model.diffusion_model(x, t, context=context, **extra)
         return out
+
+
+class ModelData:
+    """Where the loaded checkpoint is found without loading one."""
+
+    @property
+    def sd_model(self) -> Any:
+        return shared.sd_model
+
+
+model_data = ModelData()
 
 
 class SigmaDenoiser(nn.Module):
