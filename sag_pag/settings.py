@@ -206,7 +206,8 @@ class Settings:
         """Settings from positional values (API, user interface), missing ones at the end taking defaults.
 
         A dict as the first value is read as ``from_dict`` does; values that follow it have their positions, as the
-        WebUI pads short lists with what it has. What is off is not checked. Raises ``SettingError``.
+        WebUI pads short lists with what it has. A list with ``None`` for a switch is of named values too, ``None``
+        being what is not named. What is off is not checked. Raises ``SettingError``.
         """
         for value in values[1:]:
             if isinstance(value, Mapping):
@@ -217,6 +218,9 @@ class Settings:
         if len(values) > len(PARAMETERS):
             raise SettingError("args", f"{len(values)} values", f"at most {len(PARAMETERS)} values")
         by_name = dict(zip(PARAMETERS, values, strict=False))
+        if values and any(by_name.get(switch, False) is None for switch in SWITCHES):
+            # a program that has the values by name gives None for those that it does not have
+            return cls.from_dict({name: value for name, value in by_name.items() if value is not None})
         if values and isinstance(values[0], Mapping):
             del by_name[next(iter(PARAMETERS))]
             return cls.from_dict(values[0], others=by_name)
@@ -288,16 +292,17 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 
-def complete_infotext(pasted: Mapping[str, str]) -> dict[str, str]:
-    """What a pasted infotext says without naming it.
+def completed(named: Mapping[str, Value], *, features: Sequence[Switchable] = FEATURES) -> dict[str, Value]:
+    """All that a text says of these features which names these parameters.
 
-    A feature that the text does not name is off; once it names one, parameters that it does not name have defaults.
+    A feature of which it names something is on, unless it says that it is off; another one is off. Once a feature is
+    on, what the text does not name of it, and of what both share, has its default.
     """
-    named = {f for f in FEATURES if pasted.get(PARAMETERS[f"{f}_enabled"].infotext) == "True"}
-    result = {}
+    values = dict(named)
+    for feature in features:
+        values.setdefault(f"{feature}_enabled", any(PARAMETERS[name].feature == feature for name in named))
+    on = {feature for feature in features if values[f"{feature}_enabled"]}
     for parameter in PARAMETERS.values():
-        is_switch = parameter.name in ("sag_enabled", "pag_enabled")
-        belongs = is_switch or parameter.feature in named or (parameter.feature == "both" and bool(named))
-        if belongs and parameter.infotext not in pasted:
-            result[parameter.infotext] = parameter.format(parameter.default)
-    return result
+        if parameter.feature in on or (parameter.feature == "both" and on):
+            values.setdefault(parameter.name, parameter.default)
+    return values

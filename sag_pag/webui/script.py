@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from modules import script_callbacks, scripts
@@ -11,8 +12,8 @@ from sag_pag.engine.topology import Topology
 from sag_pag.hosts.interface import NoModelError, UnguidableModelError
 from sag_pag.settings import PARAMETERS, SettingError, Settings
 from sag_pag.webui import record, texts, xyz
+from sag_pag.webui.infotext import FIELDS, on_infotext_pasted
 from sag_pag.webui.panel import Panel, Surroundings
-from sag_pag.webui.pasting import on_infotext_pasted
 from sag_pag.webui.sampling import VIEWS, Sampling
 from sag_pag.webui.seen import show
 
@@ -54,9 +55,9 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
     def ui(self, is_img2img: bool) -> list[Any]:
         model, hires = model_in_memory, not is_img2img
         panel = self._panel = Panel(self.elem_id, switch=InputAccordion, model=model, hires=hires)
-        keys = [parameter.infotext for parameter in PARAMETERS.values()]
-        self.infotext_fields = list(zip(panel.controls, keys, strict=True))
-        self.paste_field_names = keys
+        readers = list(FIELDS.values())
+        self.infotext_fields = list(zip(panel.controls, readers, strict=True))
+        self.paste_field_names = readers
         self._connect()
         return panel.controls
 
@@ -75,7 +76,7 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
             self._panel, self._around = None, {}
 
     def process(self, p: Any, *args: Any) -> None:
-        """Before the first batch."""
+        """Before the first batch. Other programs read the arguments' names here: see below."""
         for name in (VIEWS, _SHOWN):
             vars(p).pop(name, None)
 
@@ -115,6 +116,15 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         missing = len(processed.images) - len(processed.infotexts)
         processed.infotexts.extend([own[-1]] * missing + [text for _, text in added])
         processed.images.extend(sheet for sheet, _ in added)
+
+
+def _named_arguments() -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [inspect.Parameter(name, kind) for name in ("self", "p")]
+    return inspect.Signature([*own, *(inspect.Parameter(name, kind, default=None) for name in PARAMETERS)])
+
+
+GuidanceScript.process.__signature__ = _named_arguments()  # type: ignore[attr-defined]
 
 
 def model_in_memory() -> Topology | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -91,15 +92,21 @@ def test_reloading_while_a_guided_run_was_cut_short(host: Host) -> None:
 
 
 def pasted(host: Host, infotext: str) -> list[Any]:
-    """The script's arguments after "Read generation parameters"; the controls stand at odd values before."""
+    """The script's arguments after "Read generation parameters"; the controls stand at odd values before.
+
+    The API's ``infotext`` field asks the same functions. What they leave of the text is for others.
+    """
     fields = dict(part.split(": ", 1) for part in infotext.splitlines()[-1].split(", ") if ": " in part)
+    before = dict(fields)
     host.script_callbacks.run("infotext_pasted", infotext, fields)
+    assert fields == before
     standing = [True, 4.0, 2.0, 3.0, "input.1", 0.3, 0.4, True, 9.0, "input.1", 0.3, 0.4, True,
                 0.9, "snf", "hires pass", True, 4.0, 9.0, True]  # fmt: skip
     values = []
-    for (control, key), odd in zip(host.script.infotext_fields, standing, strict=True):
-        text, kind = fields.get(key), type(control.value)
-        values.append(odd if text is None else False if (kind, text) == (bool, "False") else kind(text))
+    for (control, read), odd in zip(host.script.infotext_fields, standing, strict=True):
+        value = read(fields)
+        assert value is None or type(value) is type(control.value)
+        values.append(odd if value is None else value)
     return values
 
 
@@ -146,6 +153,20 @@ def test_metadata_of_an_unguided_picture(host: Host) -> None:
 
 
 def test_fields_that_are_sent_between_tabs(host: Host) -> None:
+    """The same functions in both tabs: the WebUI compares them."""
     controls(host)
-    assert [key for _, key in host.script.infotext_fields] == host.script.paste_field_names
+    readers = [read for _, read in host.script.infotext_fields]
+    assert readers == host.script.paste_field_names
+    controls(host)
+    assert all(a is b for a, b in zip(readers, host.script.paste_field_names, strict=True))
+
+
+def test_names_of_the_arguments(host: Host) -> None:
+    """Programs that pass arguments by name look for the names like this; None is what they were not given."""
+    names = inspect.getfullargspec(host.script.process).args
+    assert names == ["self", "p", *PARAMETERS]
+    given = {"pag_scale": 2.5, "pag_blocks": "input.1"}
+    expected = host.generate(given)[0]
+    assert torch.equal(host.generate(*(given.get(name) for name in names[2:]))[0], expected)
+    assert torch.equal(host.generate(*(None for _ in names[2:]))[0], host.plain()[0])
     assert len(set(host.script.paste_field_names)) == len(PARAMETERS)

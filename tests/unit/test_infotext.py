@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sag_pag.settings import FEATURES, PARAMETERS, Settings, complete_infotext
+from sag_pag.settings import FEATURES, PARAMETERS, Settings, completed
 
 OTHERS = {"Steps": "20", "Sampler": "Euler a", "CFG scale": "7", "Size": "512x640"}
 BLOCKS = st.lists(
@@ -53,18 +53,10 @@ def read(line: str) -> dict[str, str]:
 
 
 def paste(line: str, standing: Settings) -> Settings:
-    """The controls after "Read generation parameters": converted by the type of their present value."""
+    """The controls after "Read generation parameters": what the text does not say stays as it is."""
     fields = read(line)
-    fields.update(complete_infotext(fields))
-    values: dict[str, Any] = {}
-    for parameter in PARAMETERS.values():
-        text = fields.get(parameter.infotext)
-        kind = type(parameter.default)
-        if text is None:
-            values[parameter.name] = getattr(standing, parameter.name)
-        else:
-            values[parameter.name] = kind(text) if (kind, text) != (bool, "False") else False
-    return Settings(**values)
+    named = {p.name: p.parse(fields[p.infotext]) for p in PARAMETERS.values() if p.infotext in fields}
+    return standing.with_values(completed(named))
 
 
 @st.composite
@@ -105,10 +97,18 @@ def test_round_trip(settings: Settings, standing: Settings) -> None:
 
 
 @given(settings=any_settings())
-def test_pasting_keeps_what_other_fields_say(settings: Settings) -> None:
-    fields = read(write({**OTHERS, **settings.infotext()}))
-    assert {**fields, **complete_infotext(fields)} == {**complete_infotext(fields), **fields}
-    assert fields["Sampler"] == "Euler a"
+def test_what_a_text_names_is_kept(settings: Settings) -> None:
+    named = {p.name: p.parse(text) for p in PARAMETERS.values() if (text := settings.infotext().get(p.infotext))}
+    assert completed(named).items() >= named.items()
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_fields_without_the_switch_are_of_another_program(feature: str) -> None:
+    """One that writes our very names, but no switch: it was on."""
+    assert getattr(paste(f"Steps: 2, {feature.upper()} scale: 2", Settings()), f"{feature}_enabled")
+    off = paste(f"Steps: 2, {feature.upper()}: False, {feature.upper()} scale: 2", Settings())
+    assert not off.enabled
+    assert not paste("Steps: 2, SAG/PAG rescale: 0.5", Settings()).enabled
 
 
 def test_nothing_is_written_when_off() -> None:
@@ -130,7 +130,7 @@ def test_what_is_written() -> None:
 def test_pasting_a_foreign_text_switches_both_off_and_leaves_the_rest() -> None:
     standing = Settings(sag_enabled=True, pag_enabled=True, sag_scale=2.0, pag_scale=1.0, rescale=0.5)
     assert paste(write(OTHERS), standing) == standing.with_values({"sag_enabled": False, "pag_enabled": False})
-    assert complete_infotext({}) == {"SAG": "False", "PAG": "False"}
+    assert completed({}) == {"sag_enabled": False, "pag_enabled": False}
 
 
 @pytest.mark.parametrize("feature", FEATURES)

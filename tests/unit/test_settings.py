@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sag_pag.settings import HIRES_PASSES, PARAMETERS, RESCALE_MODES, Parameter, SettingError, Settings
+from sag_pag.settings import (
+    FEATURES,
+    HIRES_PASSES,
+    PARAMETERS,
+    RESCALE_MODES,
+    SWITCHES,
+    Parameter,
+    SettingError,
+    Settings,
+)
 
 ORDER = (  # the positional order of the API: append only
     "sag_enabled", "sag_scale", "sag_threshold", "sag_blur_sigma", "sag_block", "sag_start", "sag_end",
@@ -165,15 +174,70 @@ def test_a_list_that_is_too_long() -> None:
 
 @pytest.mark.parametrize("name", ORDER)
 def test_errors_name_the_field(name: str) -> None:
-    position = ORDER.index(name)
-    for bad in (None, [], object()):
+    position, on = ORDER.index(name), {**dict.fromkeys(SWITCHES, True), "hires_own_scales": True}
+    values = [on.get(other, default) for other, default in zip(ORDER, DEFAULTS, strict=True)]
+    for bad in ([], object(), *([] if name in SWITCHES else [None])):
         with pytest.raises(SettingError) as from_list:
-            Settings.from_list([*DEFAULTS[:position], bad])
+            Settings.from_list([*values[:position], bad, *values[position + 1 :]])
         with pytest.raises(SettingError) as from_dict:
-            Settings.from_dict({name: bad})
+            Settings.from_dict({**on, name: bad})
         assert from_list.value.field == from_dict.value.field == name
         assert from_list.value.value is from_dict.value.value is bad
         assert from_list.value.allowed == PARAMETERS[name].allowed
+
+
+@pytest.mark.parametrize("bad", [None, 99.0, "much", -1])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_is_off_is_not_checked(feature: str, bad: object) -> None:
+    """A value that can't be used, or an emptied field, of something that does nothing."""
+    other = "pag" if feature == "sag" else "sag"
+    for values in (
+        {f"{feature}_enabled": False, f"{feature}_scale": bad, f"{other}_enabled": True},
+        {f"{feature}_enabled": False, f"{feature}_scale": bad},
+        {f"{feature}_enabled": False, f"{feature}_start": bad, "rescale": bad, "hires_own_scales": bad},
+        {f"{other}_enabled": True, f"{feature}_enabled": False, "hires_own_scales": False, "hires_sag_scale": bad},
+    ):
+        expected = Settings(**{f"{other}_enabled": values.get(f"{other}_enabled", False)})
+        assert Settings.from_dict(values) == expected
+        by_position = [values.get(name, default) for name, default in zip(ORDER, DEFAULTS, strict=True)]
+        assert Settings.from_list(by_position) == expected
+    with pytest.raises(SettingError):
+        Settings.from_dict({f"{feature}_scale": bad})
+    with pytest.raises(SettingError):
+        Settings.from_dict({f"{feature}_enabled": True, "rescale": bad})
+
+
+def test_values_by_name_with_gaps() -> None:
+    """As programs pass them that know the names: None is what is not named."""
+    named = {"pag_scale": 2.0, "pag_blocks": "input.4"}
+    assert Settings.from_list([named.get(name) for name in ORDER]) == Settings.from_dict(named)
+    assert Settings.from_list([None] * len(ORDER)) == Settings()
+
+
+def test_a_dict_goes_before_what_follows_it() -> None:
+    """The WebUI fills a list up with the values that it has; those of a pasted text are not the defaults."""
+    filled = [{"pag_scale": 2.0}, *DEFAULTS[1:]]
+    filled[ORDER.index("pag_end")] = 0.5
+    filled[ORDER.index("sag_scale")] = 99
+    assert Settings.from_list(filled) == Settings(pag_enabled=True, pag_scale=2.0, pag_end=0.5)
+    filled[ORDER.index("pag_start")] = "late"
+    with pytest.raises(SettingError, match="pag_start"):
+        Settings.from_list(filled)
+
+
+@pytest.mark.parametrize("values", [[{}, 2**70], [False, 2**70], [False, -(2**64)]])
+def test_numbers_that_no_answer_can_hold(values: list[object]) -> None:
+    with pytest.raises(SettingError, match="args"):
+        Settings.from_list(values)
+
+
+def test_a_list_of_blocks_has_an_end() -> None:
+    every = ", ".join(f"output.{block}.{depth}" for block in range(3) for depth in range(10)) + ", " + ", ".join(
+        f"input.{block}.{depth}" for block in (4, 5, 7, 8) for depth in range(10)
+    )
+    assert Settings(pag_blocks=every).pag_blocks == every
+    with pytest.raises(SettingError, match=r"pag_blocks.*at most 2000 characters"):
+        Settings(pag_blocks="output.3-5, " * 200)
 
 
 @pytest.mark.parametrize("bad", ["scale", "SAG scale", "", "sag_scale ", "Sag_scale", 1, None])
