@@ -9,16 +9,19 @@ import contextlib
 import itertools
 import json
 import os
-import threading
 import unicodedata
 import uuid
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sag_pag.settings import PARAMETERS, SettingError, Settings, Value
 
 MAX_NAME_LENGTH = 60
+LOCK_TIMEOUT_S = 10.0
+NO_PRESETS = b'{"presets": []}'
 
 
 class PresetError(ValueError):
@@ -140,6 +143,11 @@ def _read(data: bytes) -> tuple[list[Preset], list[str]]:
     return list(good.values()), wrong
 
 
+def _reason(error: OSError) -> str:
+    """Why, without the whole path of the file."""
+    return error.strerror or str(error)
+
+
 def _write_new(path: Path, data: bytes) -> None:
     """Writes a file that must not exist yet, down to the disk."""
     with path.open("xb") as file:
@@ -149,7 +157,8 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 class PresetStore:
-    """The presets, the user's own being read from ``path`` on each use. Safe to use from several threads.
+    """The presets, the user's own being read from ``path`` on each use. Safe to use from several threads and
+    processes: who changes the file holds a lock beside it.
 
     The file is replaced in one step, so that it is whole after a crash too. One that can't be read is put aside,
     never overwritten or deleted, and ``problem`` says so from then on.
@@ -158,7 +167,23 @@ class PresetStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problem: str | None = None
-        self._lock = threading.RLock()
+        self._file_lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=LOCK_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._file_lock:
+                yield
+        except Timeout as error:
+            raise PresetError(f"Another program holds {self.path.name}; try again.") from error
+        except OSError as error:
+            raise PresetError(f"{self.path.name} can't be locked: {_reason(error)}") from error
+
+    def look(self) -> tuple[list[Preset], str | None]:
+        """All presets, and what is wrong with the file: as ``all``, but nothing is written. Raises ``PresetError``."""
+        own, wrong = _read(self._bytes())
+        problem = f"{self.path.name} is broken: {'; '.join(wrong)}" if wrong else self.problem
+        return [*BUILT_IN, *sorted(own, key=lambda preset: _key(preset.name))], problem
 
     def all(self) -> list[Preset]:
         """Built-in ones, then the user's own in the order of their names. Raises ``PresetError``."""
@@ -183,13 +208,13 @@ class PresetStore:
     def save(self, name: str, settings: Settings) -> Preset:
         """Keeps ``settings`` under ``name``, in place of an own preset of that name. Raises ``PresetError``."""
         preset = _own(_own_name(name), dict(zip(PARAMETERS, settings.values(), strict=True)))
-        with self._lock:
+        with self._locked():
             self._store([other for other in self._load() if _key(other.name) != _key(preset.name)] + [preset])
         return preset
 
     def rename(self, name: str, new_name: str) -> Preset:
         """Gives an own preset another name. Raises ``PresetError``."""
-        with self._lock:
+        with self._locked():
             preset = self.get_own(name)
             renamed = _own(_own_name(new_name), preset.values)
             others = [other for other in self._load() if _key(other.name) != _key(preset.name)]
@@ -200,35 +225,47 @@ class PresetStore:
 
     def delete(self, name: str) -> None:
         """Forgets an own preset. Raises ``PresetError``."""
-        with self._lock:
+        with self._locked():
             preset = self.get_own(name)
             self._store([other for other in self._load() if _key(other.name) != _key(preset.name)])
 
+    def _bytes(self) -> bytes:
+        """The file's content; that of a file without presets if there is none."""
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return NO_PRESETS
+        except OSError as error:
+            raise PresetError(f"{self.path.name} can't be read: {_reason(error)}") from error
+
     def _load(self) -> list[Preset]:
-        with self._lock:
-            try:
-                data = self.path.read_bytes()
-            except FileNotFoundError:
-                return []
-            except OSError as error:
-                raise PresetError(f"{self.path} can't be read: {error}") from error
+        presets, wrong = _read(self._bytes())
+        if not wrong:
+            return presets
+        with self._locked():
+            data = self._bytes()  # another program may have put it aside meanwhile
             presets, wrong = _read(data)
             if wrong:
                 self._put_aside(data, presets, wrong)
-            return presets
+        return presets
 
     def _put_aside(self, data: bytes, good: Sequence[Preset], wrong: Sequence[str]) -> None:
         """Keeps what was read under a new name, and goes on with the good presets."""
         try:
             aside = self._copy_aside(data)
         except OSError as error:
-            raise PresetError(f"{self.path} is broken ({'; '.join(wrong)}) and can't be put aside: {error}") from error
+            raise PresetError(
+                f"{self.path.name} is broken ({'; '.join(wrong)}) and can't be put aside: {_reason(error)}"
+            ) from error
         if good:
             self._store(good)
         else:
             self._remove_file()
         left = f"{len(good)} good one{'s' if len(good) != 1 else ''} kept" if good else "none could be read"
-        self.problem = f"The file of your presets was broken ({'; '.join(wrong)}); {left}. It is now {aside}."
+        self.problem = (
+            f"The file of your presets was broken ({'; '.join(wrong)}); {left}. It is now {aside.name}, in the "
+            "extension's folder."
+        )
 
     def _copy_aside(self, data: bytes) -> Path:
         for number in itertools.count(1):
@@ -242,7 +279,7 @@ class PresetStore:
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            raise PresetError(f"{self.path} can't be removed: {error}") from error
+            raise PresetError(f"{self.path.name} can't be removed: {_reason(error)}") from error
 
     def _store(self, presets: Sequence[Preset]) -> None:
         content = {"presets": [{"name": preset.name, "values": dict(preset.values)} for preset in presets]}
@@ -255,7 +292,7 @@ class PresetStore:
             finally:
                 new.unlink(missing_ok=True)
         except OSError as error:
-            raise PresetError(f"{self.path} can't be written: {error}") from error
+            raise PresetError(f"{self.path.name} can't be written: {_reason(error)}") from error
 
 
 STORE = PresetStore(Path(__file__).resolve().parents[2] / "presets.json")

@@ -123,13 +123,13 @@ def blocks(width: int = _PIXELS, height: int = _PIXELS) -> Blocks:
 def presets() -> Presets:
     """All presets with their values. Status 500 where the file of the user's own can't be read."""
     try:
-        found = STORE.all()
+        found, problem = STORE.look()
     except PresetError as error:
         raise HTTPException(status_code=500, detail=str(error)) from error
     items = [
         PresetItem(name=p.name, built_in=p.built_in, description=p.description, values=dict(p.values)) for p in found
     ]
-    return Presets(presets=items, problem=STORE.problem)
+    return Presets(presets=items, problem=problem)
 
 
 def schema() -> Schema:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ STRONG = Settings(pag_enabled=True, pag_scale=4.5, pag_blocks="middle, output.3"
 GOOD = {"name": "good", "values": {"pag_enabled": True, "pag_scale": 4.5}}
 
 
+REPOSITORY = Path(__file__).parents[2]
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> PresetStore:
     return PresetStore(tmp_path / "presets.json")
@@ -30,7 +35,7 @@ def own(store: PresetStore) -> dict[str, Settings]:
 
 
 def files(store: PresetStore) -> list[str]:
-    return sorted(path.name for path in store.path.parent.iterdir())
+    return sorted(path.name for path in store.path.parent.iterdir() if path.suffix != ".lock")
 
 
 def test_built_in_presets() -> None:
@@ -145,12 +150,12 @@ def test_a_broken_file_is_put_aside(store: PresetStore, content: bytes) -> None:
     assert own(store) == {}
     aside = store.path.with_name("presets.broken-2.json")
     assert aside.read_bytes() == content
-    assert str(aside) in str(store.problem)
+    assert aside.name in str(store.problem)
     assert store.path.with_name("presets.broken-1.json").read_bytes() == b"from before"
     store.save("new", STRONG)
     assert own(store) == {"new": STRONG}
     assert files(store) == ["presets.broken-1.json", "presets.broken-2.json", "presets.json"]
-    assert str(aside) in str(store.problem), "still to be told"
+    assert aside.name in str(store.problem), "still to be told"
 
 
 @pytest.mark.parametrize(("entry", "said"), [
@@ -251,6 +256,39 @@ def test_many_threads_at_once(store: PresetStore) -> None:
     assert failed == []
     assert set(own(store)) == {f"{number}-{turn}-renamed" for number in range(8) for turn in (1, 3, 5)}
     assert files(store) == ["presets.json"]
+
+
+def test_many_processes_at_once(store: PresetStore) -> None:
+    """Two WebUIs of one folder."""
+    program = f"""
+import sys
+from pathlib import Path
+from sag_pag.settings import Settings
+from sag_pag.webui.presets import PresetStore
+
+store = PresetStore(Path({str(store.path)!r}))
+for turn in range(10):
+    store.save(f"{{sys.argv[1]}}-{{turn}}", Settings())
+"""
+    command = [sys.executable, "-c", program]
+    running = [subprocess.Popen([*command, str(number)], cwd=REPOSITORY) for number in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert set(own(store)) == {f"{number}-{turn}" for number in range(3) for turn in range(10)}
+
+
+def test_looking_writes_nothing(store: PresetStore) -> None:
+    """For the HTTP route: the good ones, what is wrong, and no path of this machine."""
+    store.path.write_text(json.dumps({"presets": [GOOD, 7]}), encoding="utf-8")
+    before = store.path.read_bytes()
+    presets_found, problem = store.look()
+    assert [preset.name for preset in presets_found if not preset.built_in] == ["good"]
+    assert "preset 2" in str(problem)
+    assert str(store.path.parent) not in str(problem)
+    assert store.path.read_bytes() == before
+    assert files(store) == ["presets.json"]
+    store.all()
+    assert store.look()[1] == store.problem
+    assert str(store.path.parent) not in str(store.problem)
 
 
 def test_a_broken_file_is_put_aside_once_by_many_threads(store: PresetStore) -> None:
