@@ -2,13 +2,14 @@
 // changed them.
 
 function sagPagRefreshPresets() {
-    gradioApp().querySelectorAll("[id$=_preset_refresh]").forEach((button) => button.click());
+    gradioApp().querySelectorAll(".sag-pag-panel [id$=_preset_refresh]").forEach((button) => button.click());
 }
 
 onUiLoaded(() => {
-    window.addEventListener("focus", sagPagRefreshPresets);
+    const open = () => gradioApp().querySelector(".sag-pag-panel > .label-wrap.open");
+    window.addEventListener("focus", () => open() && sagPagRefreshPresets());
     for (const label of gradioApp().querySelectorAll(".sag-pag-panel > .label-wrap")) {
         label.addEventListener("click", sagPagRefreshPresets);
-        if (label.classList.contains("open")) sagPagRefreshPresets();
     }
+    if (open()) sagPagRefreshPresets();
 });

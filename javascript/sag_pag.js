@@ -188,39 +188,92 @@
     }
 
     const panels = () => Array.from(gradioApp().querySelectorAll(".sag-pag-panel"));
-    const refresh = (panel) => panel.querySelector(".sag-pag-refresh").click();
     const answered = (panel) => panel.querySelector(".sag-pag-mapping .sag-pag-map, .sag-pag-mapping .sag-pag-hint");
+    const isOpen = (panel) => panel.querySelector(".label-wrap").classList.contains("open");
+    // A closed panel with nothing on shows nothing that could be out of date, and the page is there sooner.
+    const isSeen = (panel) => isOpen(panel) || panel.querySelector("input[type=checkbox]:checked");
+    const REST = 200, SOON = 1000, PATIENCE = 60000;  // milliseconds
     let checkpoint = null;
 
-    // The page may not listen yet when it says that it is loaded, and the model may not be loaded yet.
-    function refreshUntilAnswered(panel, tries) {
-        refresh(panel);
+    function ask(panel, redraw) {
+        clearTimeout(panel.sagPagChanging);
+        panel.sagPagRedraw = false;
+        panel.querySelector(redraw ? ".sag-pag-refresh" : ".sag-pag-recount").click();
+    }
+
+    const refresh = (panel) => isSeen(panel) && ask(panel, true);
+
+    // Called by every control on every change: asks once, when the changing has come to rest.
+    window.sagPagChanged = (id, redraw) => {
+        const panel = gradioApp().getElementById(id);
+        if (!panel || !isSeen(panel)) {
+            if (panel) panel.sagPagStale = true;
+            return;
+        }
+        panel.sagPagRedraw = panel.sagPagRedraw || redraw;
+        clearTimeout(panel.sagPagChanging);
+        panel.sagPagChanging = setTimeout(() => ask(panel, panel.sagPagRedraw), REST);
+    };
+
+    // In img2img "Resize by" makes the picture's size out of the source's, which the page alone knows.
+    window.sagPagSized = (id, values, [width, height]) => {
+        const chosen = gradioApp().querySelector("#img2img_tabs_resize > .tab-nav button.selected");
+        const byScale = id.includes("_img2img_") && chosen && chosen.textContent.trim() !== "" &&
+            chosen === chosen.parentElement.lastElementChild;
+        const scale = byScale && parseFloat(gradioApp().querySelector("#img2img_scale input").value);
+        if (!scale || typeof currentImg2imgSourceResolution !== "function") return values;
+        const [sourceWidth, sourceHeight] = currentImg2imgSourceResolution(0, 0, scale);
+        if (!sourceWidth || !sourceHeight) return values;
+        const sized = Array.from(values);
+        sized[width] = Math.floor(sourceWidth * scale);
+        sized[height] = Math.floor(sourceHeight * scale);
+        return sized;
+    };
+
+    // The page may not listen yet when it says that it is loaded, and the model may not be loaded yet: then it is asked
+    // for ever more rarely.
+    function refreshUntilAnswered(panel, tries, wait) {
+        ask(panel, true);
         clearTimeout(panel.sagPagAsking);
         panel.sagPagAsking = setTimeout(() => {
             if (panel.querySelector(".sag-pag-waiting")) {
-                panel.sagPagAsking = setTimeout(() => refreshUntilAnswered(panel, tries), 2000);
+                if (isSeen(panel)) refreshUntilAnswered(panel, tries, Math.min(2 * wait, PATIENCE));
             } else if (tries > 1 && !answered(panel)) {
-                refreshUntilAnswered(panel, tries - 1);
+                refreshUntilAnswered(panel, tries - 1, wait);
             }
-        }, 1000);
+        }, wait);
+    }
+
+    // What else makes img2img's size: the tab, the scale and the source.
+    function followSource(panel) {
+        if (!panel.id.includes("_img2img_")) return;
+        const changed = () => window.sagPagChanged(panel.id, true);
+        const tabs = gradioApp().querySelector("#img2img_tabs_resize");
+        if (tabs) tabs.addEventListener("click", changed);
+        const preview = gradioApp().querySelector("#img2img_scale_resolution_preview");
+        if (preview) new MutationObserver(changed).observe(preview, {childList: true, subtree: true, characterData: true});
     }
 
     onUiLoaded(() => {
         for (const panel of panels()) {
             setUp(panel);
-            const label = panel.querySelector(".label-wrap");
-            label.addEventListener("click", () => {
-                if (!panel.querySelector(".sag-pag-map")) refreshUntilAnswered(panel, 10);
+            followSource(panel);
+            panel.querySelector(".label-wrap").addEventListener("click", () => {
+                if (!panel.querySelector(".sag-pag-map")) refreshUntilAnswered(panel, 10, SOON);
+                else if (panel.sagPagStale) ask(panel, true);
+                panel.sagPagStale = false;
             });
-            // A closed panel with nothing on has nothing to ask for, and the page is there sooner.
-            if (label.classList.contains("open") || panel.querySelector("input[type=checkbox]:checked")) {
-                refreshUntilAnswered(panel, 10);
-            }
+            if (isSeen(panel)) refreshUntilAnswered(panel, 10, SOON);
         }
     });
     if (typeof onOptionsChanged === "function") {
         onOptionsChanged(() => {
-            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) panels().forEach(refresh);
+            if (checkpoint !== null && checkpoint !== opts.sd_checkpoint_hash) {
+                for (const panel of panels()) {
+                    panel.sagPagStale = true;
+                    refresh(panel);
+                }
+            }
             checkpoint = opts.sd_checkpoint_hash;
         });
     }

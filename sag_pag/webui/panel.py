@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -80,6 +81,7 @@ class Panel:
         with gr.Accordion(texts.PANEL, open=False, elem_id=elem_id("panel"), elem_classes="sag-pag-panel"):
             self.cost = gr.HTML(_cost_line(Settings(), None), elem_id=elem_id("cost"), elem_classes="sag-pag-cost")
             self.refresh = gr.Button("⟳", visible=False, elem_id=elem_id("refresh"), elem_classes="sag-pag-refresh")
+            self.recount = gr.Button("⟳", visible=False, elem_id=elem_id("recount"), elem_classes="sag-pag-recount")
             self.presets = PresetControls(elem_id)
             for feature in reversed(FEATURES):
                 self._feature(feature, switch)
@@ -120,52 +122,52 @@ class Panel:
             self.states[name] = gr.HTML(elem_id=self.elem_id(f"{name}_state"), elem_classes="sag-pag-state")
 
     def connect(self, around: Surroundings) -> None:
-        """Makes costs, maps, text fields and presets follow each other, the surroundings and the loaded model."""
+        """Makes costs, maps, text fields and presets follow each other, the surroundings and the loaded model.
+
+        A change is told to the page alone, which asks for what it shows when the changing has come to rest, and not
+        at all while the panel is closed and off (``javascript/sag_pag.js``).
+        """
         components = around.components()
         self.around = tuple(components)
-        inputs = [*self.controls, *components.values()]
-        for name, state in self.states.items():
-            field = self._made[name]
-            field.change(self._check(name), [field], [state], **_QUIET)
-        redrawing = [components.pop(name) for name in ("width", "height")]
-        for component in self.controls:
-            component.change(self._follow, [*inputs, self.presets.chosen], [self.cost, self.presets.changed], **_QUIET)
-        for component in components.values():
-            component.change(self._overview, inputs, [self.cost], **_QUIET)
-        everything = [self.cost, *self.maps.values(), *self.states.values()]
-        for component in redrawing:
-            component.change(self._redraw, inputs, everything, **_QUIET)
-        self.refresh.click(self._redraw, inputs, everything, **_QUIET)
+        inputs = [*self.controls, *components.values(), self.presets.chosen]
+        outputs = [self.cost, *self.states.values(), self.presets.changed]
+        sized = f"(...values) => sagPagSized({self._id}, values, {self._places()})"
+        asking = {"inputs": inputs, "_js": sized, **_QUIET}
+        self.recount.click(self._recount, outputs=outputs, **asking)
+        self.refresh.click(self._redraw, outputs=[*outputs, *self.maps.values()], **asking)
+        for name, component in {**dict(zip(PARAMETERS, self.controls, strict=True)), **components}.items():
+            redraw = "true" if name in ("width", "height") else "false"
+            component.change(fn=None, _js=f"() => sagPagChanged({self._id}, {redraw})")
 
-    def _check(self, name: str) -> Callable[[str], str]:
-        return lambda text: _state(name, text, self.model())
+    @property
+    def _id(self) -> str:
+        """The panel's element id, for the page's scripts."""
+        return json.dumps(self.elem_id("panel"))
 
-    def _follow(self, *values: Any) -> tuple[str, Any]:
-        """The cost line, and whether the values are those of the chosen preset, which comes last."""
-        return self._overview(*values[:-1]), self.presets.compare(values[-1], values[: len(PARAMETERS)])
+    def _places(self) -> list[int]:
+        """Where width and height are among the values that the page sends."""
+        return [len(PARAMETERS) + self.around.index(name) for name in ("width", "height")]
 
-    def _overview(self, *values: Any) -> str:
-        """The cost line for the present values."""
-        own, around = self._split(values)
+    def _recount(self, *values: Any) -> list[Any]:
+        """Cost line, states, and whether the values are those of the chosen preset, which comes last."""
+        own, around = self._split(values[:-1])
         model = self.model()
-        return _cost_line_of(own, around, [] if isinstance(model, str) else _passes(model, around))
+        states = [_state(name, str(own[name]), model) for name in self.maps]
+        changed = self.presets.compare(values[-1], values[: len(PARAMETERS)])
+        return [_cost_line_of(own, around, model), *states, changed]
 
     def _redraw(self, *values: Any) -> list[Any]:
-        """Cost line, maps and states for the present values."""
-        own, around = self._split(values)
+        """What ``_recount`` gives, and the maps."""
+        own, around = self._split(values[:-1])
         model = self.model()
-        texts_of = {name: str(own[name]) for name in self.maps}
-        states = [_state(name, text, model) for name, text in texts_of.items()]
         if isinstance(model, str):
             waiting = " sag-pag-waiting" if model == texts.NO_MODEL else ""
-            reason = f'<p class="sag-pag-hint{waiting}">{escape(model)}</p>'
-            return [_cost_line_of(own, around, []), *(reason for _ in texts_of), *states]
-        passes = _passes(model, around)
-        maps = [
-            block_map(passes[0].cost, text, many=name == "pag_blocks") if passes else gr.update()
-            for name, text in texts_of.items()
-        ]
-        return [_cost_line_of(own, around, passes), *maps, *states]
+            maps = [f'<p class="sag-pag-hint{waiting}">{escape(model)}</p>' for _ in self.maps]
+        elif passes := _passes(model, around):
+            maps = [block_map(passes[0].cost, str(own[name]), many=name == "pag_blocks") for name in self.maps]
+        else:
+            maps = [gr.update() for _ in self.maps]
+        return [*self._recount(*values), *maps]
 
     def _split(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The panel's own values and those around it, by name."""
@@ -209,20 +211,21 @@ def _state(name: str, text: str, model: Topology | str) -> str:
     return f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
 
 
-def _cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], passes: Sequence[Pass]) -> str:
-    """What is on and what it costs, or what is wrong with the values. ``passes`` is empty without a model."""
+def _cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], model: Topology | str) -> str:
+    """What is on and what it costs, or what is wrong with the values."""
+    topology = None if isinstance(model, str) else model
     try:
         settings = Settings.from_list(list(own.values()))
         settings.check_order()
-        check_blocks(settings, passes[0].cost.topology if passes else None)
+        check_blocks(settings, topology)
     except SettingError as error:
         line = _line(f'<span class="sag-pag-error">{texts.NOT_USABLE}</span>')
         if PARAMETERS[error.field].kind == "blocks":
             return line  # shown under the text field
         return f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
-    if not passes or not settings.enabled:
-        return _cost_line(settings, None)
-    return _cost_line(settings, picture_cost(settings, passes, rows=1 if around.get("cfg_scale") == 1 else 2))
+    passes = _passes(topology, around) if topology is not None and settings.enabled else []
+    cost = picture_cost(settings, passes, rows=1 if around.get("cfg_scale") == 1 else 2) if passes else None
+    return _cost_line(settings, cost)
 
 
 def _cost_line(settings: Settings, cost: PictureCost | None) -> str:
