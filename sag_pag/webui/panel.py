@@ -130,11 +130,13 @@ class Panel:
         components = around.components()
         self.around = tuple(components)
         inputs = [*self.controls, *components.values(), self.presets.chosen]
-        outputs = [self.cost, *self.states.values(), self.presets.changed]
+        outputs = [self.cost, self.presets.changed]
         sized = f"(...values) => sagPagSized({self._id}, values, {self._places()})"
         asking = {"inputs": inputs, "_js": sized, **_QUIET}
         self.recount.click(self._recount, outputs=outputs, **asking)
-        self.refresh.click(self._redraw, outputs=[*outputs, *self.maps.values()], **asking)
+        self.refresh.click(self._redraw, outputs=[*outputs, *self.states.values(), *self.maps.values()], **asking)
+        for name, state in self.states.items():
+            self._made[name].change(self._check(name), [self._made[name]], [state], **_QUIET)
         for name, component in {**dict(zip(PARAMETERS, self.controls, strict=True)), **components}.items():
             redraw = "true" if name in ("width", "height") else "false"
             component.change(fn=None, _js=f"() => sagPagChanged({self._id}, {redraw})")
@@ -148,16 +150,17 @@ class Panel:
         """Where width and height are among the values that the page sends."""
         return [len(PARAMETERS) + self.around.index(name) for name in ("width", "height")]
 
+    def _check(self, name: str) -> Callable[[str], str]:
+        return lambda text: _state(name, text, self.model())
+
     def _recount(self, *values: Any) -> list[Any]:
-        """Cost line, states, and whether the values are those of the chosen preset, which comes last."""
+        """The cost line, and whether the values are those of the chosen preset, which comes last."""
         own, around = self._split(values[:-1])
-        model = self.model()
-        states = [_state(name, str(own[name]), model) for name in self.maps]
         changed = self.presets.compare(values[-1], values[: len(PARAMETERS)])
-        return [_cost_line_of(own, around, model), *states, changed]
+        return [_cost_line_of(own, around, self.model()), changed]
 
     def _redraw(self, *values: Any) -> list[Any]:
-        """What ``_recount`` gives, and the maps."""
+        """What ``_recount`` gives, the states and the maps."""
         own, around = self._split(values[:-1])
         model = self.model()
         if isinstance(model, str):
@@ -167,7 +170,8 @@ class Panel:
             maps = [block_map(passes[0].cost, str(own[name]), many=name == "pag_blocks") for name in self.maps]
         else:
             maps = [gr.update() for _ in self.maps]
-        return [*self._recount(*values), *maps]
+        states = [_state(name, str(own[name]), model) for name in self.maps]
+        return [*self._recount(*values), *states, *maps]
 
     def _split(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The panel's own values and those around it, by name."""

@@ -23,7 +23,9 @@ PREFIX = "/sag-pag/v1"
 ParameterValue = Union[StrictBool, StrictFloat, StrictStr]  # noqa: UP007
 
 
-_PIXELS = Query(512, ge=64, le=8192, description="Of the picture that the costs are for, in pixels")
+def _pixels() -> Any:
+    """One for each parameter: FastAPI writes the parameter's name into it."""
+    return Query(512, ge=64, le=8192, description="Of the picture that the costs are for, in pixels")
 
 
 class Block(BaseModel):
@@ -100,7 +102,7 @@ def describe_block(cost: UNetCost, sites: list[AttentionSite]) -> Block:
     )
 
 
-def blocks(width: int = _PIXELS, height: int = _PIXELS) -> Blocks:
+def blocks(width: int = _pixels(), height: int = _pixels()) -> Blocks:
     """The blocks of the loaded model whose self-attention can be guided, for pictures of ``width`` and ``height``.
 
     Status 409 where there are none.

@@ -371,3 +371,53 @@ def test_hooks_on_the_unet(host: Host, unet: nn.Module) -> None:
     for handle in handles:
         handle.remove()
     assert ran == dict.fromkeys(paths, 1)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("settings", [{"sag_scale": 5, "sag_threshold": 3}, {"pag_scale": 20}], ids=str)
+def test_noise_in_the_unet_is_no_guidance(host: Host, unet: nn.Module, settings: dict[str, Any]) -> None:
+    """ControlNet's reference modes draw noise in every call. Where guidance has nothing to do, there must be none:
+    SAG with an empty mask, PAG with a single token in the map (identity attention is attention there).
+    """
+    def noisy(original: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = original(x, *args, **kwargs)
+            return out + torch.randn(out.shape)
+
+        return forward
+
+    def made(*args: Any) -> Tensor:
+        torch.manual_seed(3)
+        p = host.processing_for(*args)
+        p.noise = lambda size: host.sd_models.seeded("small", 1, 4, 2, 2)
+        latent: Tensor = host.processing.process_images(p).latents[0]
+        return latent
+
+    put_on(unet.get_submodule("input_blocks.1"), noisy)
+    plain = made({})
+    torch.testing.assert_close(made(settings), plain, rtol=1e-4, atol=2e-3)
+    assert not torch.allclose(made({"sag_scale": 5, "sag_threshold": 0}), plain, atol=1e-2)
+
+
+def moving(moved: list[int], *, of: str) -> Callable[..., None]:
+    """A forward pre-hook as of a module of the WebUI."""
+    def send_me_to_gpu(*_: Any) -> None:
+        moved.append(1)
+
+    send_me_to_gpu.__module__ = of
+    return send_me_to_gpu
+
+
+@pytest.mark.parametrize(("of", "times"), [("modules.lowvram", 5), ("other_extension", 6)])
+def test_what_is_only_replayed_is_not_moved(host: Host, unet: nn.Module, of: str, times: int) -> None:
+    """With ``--lowvram`` every block is moved to the GPU when it runs; PAG's own call does not run those before the
+    perturbed one. Other extensions' hooks may be part of the computation.
+    """
+    host.shared.sd_model.lowvram = True
+    moved: list[int] = []
+    paths = ("input_blocks.1", "middle_block", "output_blocks.3")  # the middle one and what follows run in both calls
+    handles = [unet.get_submodule(path).register_forward_pre_hook(moving(moved, of=of)) for path in paths]
+    host.generate({"pag_scale": 3}, steps=1)
+    for handle in handles:
+        handle.remove()
+    assert len(moved) == times

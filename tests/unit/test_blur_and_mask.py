@@ -155,3 +155,24 @@ def test_full_precision() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16), guidance.without_autocast(x.device):
         assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("size", [(8, 6), (3, 12), (1, 5)])
+def test_circular_blur_has_no_edge(size: tuple[int, int], sigma: float) -> None:
+    """Rolled before or after is the same, and it is the blur of a picture that is laid out again and again."""
+    x = torch.randn(1, 2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    made = guidance.blur(x, sigma=sigma, circular=True)
+    rolled = guidance.blur(x.roll((2, 3), (2, 3)), sigma=sigma, circular=True)
+    torch.testing.assert_close(rolled, made.roll((2, 3), (2, 3)))
+    assert made.mean() == pytest.approx(x.mean())
+    if min(size) > max(4, math.ceil(3 * sigma)):
+        whole = guidance.blur(x.repeat(1, 1, 3, 3), sigma=sigma)
+        torch.testing.assert_close(made, whole[..., size[0] : 2 * size[0], size[1] : 2 * size[1]])
+
+
+@pytest.mark.parametrize("device", ["privateuseone", "meta", "cpu"])
+def test_devices_without_autocast(device: str) -> None:
+    """DirectML calls itself available from torch 2.4 on and then refuses to be asked."""
+    with guidance.without_autocast(torch.device(device)):
+        assert not torch.is_autocast_enabled("cpu")

@@ -38,6 +38,11 @@ def Info(message: str) -> None:  # noqa: N802 - gradio's name
     shown.append(message)
 
 
+def update(**changes: Any) -> dict[str, Any]:
+    """A change of a component."""
+    return changes
+
+
 shown: list[str] = []
 """Every message so far."""
 

@@ -37,6 +37,7 @@ class Processing:
     checkpoint: StableDiffusion | None = None
     refiner: StableDiffusion | None = None
     refiner_switch_at: float = 0.5
+    hr_checkpoint: StableDiffusion | None = None
     image_cfg_scale: float | None = None
     s_min_uncond: float = 0.0
     nmask: Tensor | None = None
@@ -50,6 +51,14 @@ class Processing:
     batch_index: int = field(default=0, init=False)
     c: Any = field(default=None, init=False)
     uc: Any = field(default=None, init=False)
+
+    @property
+    def refiner_checkpoint_info(self) -> Any:
+        return None if self.refiner is None else self.refiner.sd_checkpoint_info
+
+    @property
+    def hr_checkpoint_info(self) -> Any:
+        return None if self.hr_checkpoint is None else self.hr_checkpoint.sd_checkpoint_info
 
     @property
     def mask(self) -> Tensor | None:
@@ -77,6 +86,9 @@ class Processing:
         if not self.enable_hr:
             return latent
         self.is_hr_pass = True
+        if self.hr_checkpoint is not None:
+            shared.sd_model = self.hr_checkpoint
+            self.setup_conds()
         larger = torch.nn.functional.interpolate(latent, HIRES) + self.noise(HIRES)
         latent = Sampler(self.sampler_name).sample(self, larger, steps=self.steps, callback=self.callback)
         self.is_hr_pass = False

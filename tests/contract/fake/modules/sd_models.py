@@ -31,6 +31,7 @@ KINDS: dict[str, UNetKwargs] = {
     "inpainting": UNetKwargs(**{**_BASE, "in_channels": 9}),  # type: ignore[typeddict-item]
     "edit": UNetKwargs(**{**_BASE, "in_channels": 8}),  # type: ignore[typeddict-item]
     "sdxl": _XL,
+    "no-middle": _BASE,
     "refiner": UNetKwargs(**{**_BASE, "attention_resolutions": (2,)}),  # type: ignore[typeddict-item]
 }
 
@@ -45,6 +46,8 @@ class StableDiffusion(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         unet = redraw_(UNetModel(**KINDS[kind]), seed=1, gain=1.5).requires_grad_(False)
+        if kind == "no-middle":
+            del unet.middle_block[1]  # type: ignore[operator]
         self.kind = kind
         self.model = nn.Module()
         self.model.diffusion_model = unet
@@ -53,7 +56,7 @@ class StableDiffusion(nn.Module):
         self.parameterization = "v" if kind == "sd1-v" else "eps"
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
-        self.sd_checkpoint_info = SimpleNamespace(name=kind)
+        self.sd_checkpoint_info = SimpleNamespace(name=kind, name_for_extra=kind)
         self.reset()
 
     def reset(self) -> None:
