@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-Kind = Literal["bool", "float", "choice", "blocks"]
+Kind = Literal["bool", "float", "int", "choice", "blocks"]
 Feature = Literal["sag", "pag", "both"]
-Value = bool | float | str
+Value = bool | int | float | str
 
 RESCALE_MODES = ("full", "partial", "snf")
+IDENTITY, BLURRED, SWAPPED = "identity", "blurred queries", "swapped tokens"
+PERTURBATION_NAMES = (IDENTITY, BLURRED, SWAPPED)
+WHOLE_MAP = 100.0
+"""The width of a blur from which on it is taken for endless."""
 HIRES_PASSES = ("both passes", "first pass", "hires pass")
 Switchable = Literal["sag", "pag"]
 FEATURES: tuple[Switchable, ...] = ("sag", "pag")
@@ -52,6 +56,13 @@ class Parameter:
     step: float = 0.01
     choices: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    only_for: tuple[str, str] | None = None
+    """A choice and the one of its values for which the parameter does anything."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it has a range."""
+        return self.kind in ("float", "int")
 
     @property
     def switches(self) -> tuple[str, ...]:
@@ -63,8 +74,9 @@ class Parameter:
         """The allowed values in words."""
         if self.kind == "bool":
             return "true or false"
-        if self.kind == "float":
-            return f"a number from {self.minimum:g} to {self.maximum:g}"
+        if self.is_number:
+            number = "a number" if self.kind == "float" else "a whole number"
+            return f"{number} from {self.minimum:g} to {self.maximum:g}"
         if self.kind == "choice":
             return " or ".join(repr(choice) for choice in self.choices)
         return 'block names as text, such as "middle" or "input.4, output.3-5"'
@@ -73,16 +85,19 @@ class Parameter:
         """``value`` in the parameter's own type.
 
         Raises ``SettingError`` for another type, a number out of range or an unknown choice. Numbers may be given as
-        integers; nothing else is converted.
+        integers, whole ones as floats; nothing else is converted.
         """
         if self.kind == "bool":
             if isinstance(value, bool):
                 return value
-        elif self.kind == "float":
+        elif self.is_number:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             # compared before it is converted: an integer can be too large for a float
             if is_number and self.minimum <= value <= self.maximum:  # type: ignore[operator]
-                return float(value)  # type: ignore[arg-type]
+                if self.kind == "float":
+                    return float(value)  # type: ignore[arg-type]
+                if value == int(value):  # type: ignore[call-overload]
+                    return int(value)  # type: ignore[call-overload,no-any-return]
         elif self.kind == "blocks":
             if isinstance(value, str) and len(value) <= LONGEST_LIST:
                 return " ".join(value.split())
@@ -91,6 +106,16 @@ class Parameter:
         elif isinstance(value, str) and value in self.choices:
             return value
         raise SettingError(self.name, value, self.allowed)
+
+    def has_effect(self, values: Mapping[str, object]) -> bool:
+        """Whether the parameter does anything where these are all the values; those that are missing are defaults."""
+        on = [values.get(name, False) is True for name in self.switches or SWITCHES]
+        if not (all(on) if self.switches else any(on)):
+            return False
+        if self.only_for is None:
+            return True
+        choice, value = self.only_for
+        return values.get(choice, PARAMETERS[choice].default) == value
 
     def accepts(self, value: object) -> bool:
         """Whether ``check`` lets ``value`` pass."""
@@ -105,7 +130,7 @@ class Parameter:
         stripped = text.strip()
         if self.kind == "bool" and stripped.lower() in ("true", "false"):
             return stripped.lower() == "true"
-        if self.kind == "float":
+        if self.is_number:
             try:
                 return self.check(float(stripped))
             except ValueError as error:
@@ -118,7 +143,8 @@ class Parameter:
 
 
 def _parameter(default: Value, feature: Feature, label: str, help_text: str, infotext: str, **extra: Any) -> Any:
-    kind: Kind = "bool" if isinstance(default, bool) else "float" if isinstance(default, float) else "choice"
+    kinds: dict[type, Kind] = {bool: "bool", int: "int", float: "float", str: "choice"}
+    kind = kinds[type(default)]
     about = {"feature": feature, "kind": kind, "label": label, "help": help_text, "infotext": infotext, **extra}
     return field(default=default, metadata=about)
 
@@ -187,6 +213,24 @@ class Settings:
         False, "sag", "Show what SAG sees",
         "Adds a picture to the gallery: the mask and the attention map at some points. Changes no other picture.",
         "SAG show")
+    pag_perturbation: str = _parameter(
+        IDENTITY, "pag", "Perturbation",
+        "What to steer away from. identity (PAG): each place sees itself alone; blurred queries (SEG): places look "
+        "alike; swapped tokens (SSG): the places least alike change seats.", "PAG perturbation",
+        choices=PERTURBATION_NAMES)
+    pag_query_blur: float = _parameter(
+        WHOLE_MAP, "pag", "Query blur",
+        "How far the queries are blurred, in places of the block's own map. 100 is all of the map: their mean.",
+        "PAG query blur", minimum=0.5, maximum=WHOLE_MAP, step=0.5, only_for=("pag_perturbation", BLURRED))
+    pag_swap: float = _parameter(
+        0.1, "pag", "Share swapped", "How many pairs change seats, for each place and each channel.", "PAG swap",
+        minimum=0.01, maximum=0.5, only_for=("pag_perturbation", SWAPPED))
+    pag_every: int = _parameter(
+        1, "pag", "PAG every n-th step", "2 guides in every second step only, for half of the extra time.", "PAG every",
+        minimum=1, maximum=10, step=1)
+    sag_every: int = _parameter(
+        1, "sag", "SAG every n-th step", "2 guides in every second step only, for half of the extra time.", "SAG every",
+        minimum=1, maximum=10, step=1)
 
     def __post_init__(self) -> None:
         for parameter in PARAMETERS.values():
@@ -230,13 +274,13 @@ class Settings:
     def from_dict(cls, values: Mapping[Any, object], *, others: Mapping[str, object] | None = None) -> Settings:
         """Settings from named values; what is not named is as in ``others``, else the default. Raises ``SettingError``.
 
-        To name a parameter switches on what it needs to do anything (its feature, "other scales in the hires pass"),
-        unless that is named as well. What is off is not checked.
+        To name a parameter switches on what it needs to do anything (its feature, "other scales in the hires pass",
+        the perturbation that it is of), unless that is named as well. What is off is not checked.
         """
         for name in values:
             if name not in PARAMETERS:
                 raise SettingError(str(name), values[name], "these names: " + ", ".join(PARAMETERS))
-        return cls._from_unchecked({**(others or {}), **implied_switches(values), **values})
+        return cls._from_unchecked({**(others or {}), **implied_by(values), **values})
 
     @classmethod
     def _from_unchecked(cls, values: Mapping[str, object]) -> Settings:
@@ -244,15 +288,11 @@ class Settings:
 
         Raises ``SettingError`` for others.
         """
-        used: dict[str, object] = {}
         switches = {name: PARAMETERS[name].check(values.get(name, False)) for name in SWITCHES}
-        for name, value in values.items():
-            needed = PARAMETERS[name].switches or SWITCHES
-            has_effect = (all if PARAMETERS[name].switches else any)(
-                values.get(switch, False) is True for switch in needed
-            )
-            if has_effect or PARAMETERS[name].accepts(value):
-                used[name] = value
+        used = {
+            name: value for name, value in values.items()
+            if PARAMETERS[name].has_effect(values) or PARAMETERS[name].accepts(value)
+        }
         return cls().with_values({**used, **switches})
 
     def with_values(self, values: Mapping[str, object]) -> Settings:
@@ -272,9 +312,8 @@ class Settings:
         """What is on, as infotext fields: the switches and scales, and whatever else is not at its default."""
         result: dict[str, str] = {}
         for parameter in PARAMETERS.values():
-            if parameter.feature == "both" and not self.enabled:
-                continue
-            if parameter.feature != "both" and not getattr(self, f"{parameter.feature}_enabled"):
+            is_on = self.enabled if parameter.feature == "both" else getattr(self, f"{parameter.feature}_enabled")
+            if not is_on or (parameter.only_for and getattr(self, parameter.only_for[0]) != parameter.only_for[1]):
                 continue
             value: Value = getattr(self, parameter.name)
             if value != parameter.default or parameter.name in ("sag_scale", "pag_scale"):
@@ -282,9 +321,11 @@ class Settings:
         return result
 
 
-def implied_switches(names: Iterable[str]) -> dict[str, object]:
-    """The switches that naming these parameters turns on."""
-    return {switch: True for name in names for switch in PARAMETERS[name].switches if switch != name}
+def implied_by(names: Iterable[str]) -> dict[str, object]:
+    """What naming these parameters turns on or chooses, so that they do anything."""
+    wanted = [PARAMETERS[name] for name in names]
+    switches = {switch: True for parameter in wanted for switch in parameter.switches if switch != parameter.name}
+    return {**switches, **dict(parameter.only_for for parameter in wanted if parameter.only_for is not None)}
 
 
 PARAMETERS: dict[str, Parameter] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, sd2_config, sd15_config, sdxl_config
@@ -112,7 +113,8 @@ def step_flops(
     Counted on tensors without data, so it takes no memory, and seconds for any model.
     """
     counts = {}
-    with FakeTensorMode(), torch.no_grad():
+    # the counter does not know the processor's fused attention
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         step = Step(UNetModel(**config), config, latent=latent, batch=batch)
         for name, method in methods.items():
             with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from sag_pag.demo.sampling import Recipe, noise_levels
-from sag_pag.settings import PARAMETERS, Settings, Value, implied_switches
+from sag_pag.settings import PARAMETERS, Settings, Value, implied_by
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
 MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
@@ -60,7 +60,7 @@ OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
 
 
 def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1) -> Recipe:
-    settings = Settings().with_values({**OWN_DEFAULTS, **implied_switches(values), **values})
+    settings = Settings().with_values({**OWN_DEFAULTS, **implied_by(values), **values})
     return Recipe(settings=settings, cfg=3.0 if mode == "captioned, CFG 3" else 1.0, steps=steps, every=every)
 
 

@@ -107,23 +107,23 @@ class MapCapture:
             )
 
 
-Perturb = Callable[..., Any]
-"""From what an attention is called with, for some rows, what it puts out instead for them."""
+Perturb = Callable[[Tensor], Tensor]
+"""From some rows of what an attention or a transformer block gets, what it puts out, or gets, instead."""
 
 
 @dataclass
 class AttentionPatch:
-    """One self-attention's behaviour in a call of ``rows`` rows: some of them perturbed, some of them read.
+    """One self-attention's behaviour in a call of ``rows`` rows: those in ``perturbed`` put out something else.
 
-    The last ``extra`` rows are perturbed and the host's attention does not see them; of those in ``overwritten`` it
-    runs, and its output is replaced. A call with another number of rows (an extension that runs the attention on some
-    rows of its own) is left to the host. ``applied`` tells whether any call was this patch's.
+    With ``left_out`` these are the last rows, and the host's attention does not see them; else it sees all, and their
+    output is replaced. A call with another number of rows (an extension that runs the attention on some rows of its
+    own) is left to the host. ``applied`` tells whether any call was this patch's.
     """
 
     rows: int
     perturb: Perturb | None = None
-    extra: int = 0
-    overwritten: Sequence[int] = ()
+    perturbed: Sequence[int] = ()
+    left_out: bool = False
     read: Callable[[Tensor], None] | None = None
     applied: bool = field(default=False, init=False)
 
@@ -138,15 +138,38 @@ class AttentionPatch:
                 self.read(x)
             if self.perturb is None:
                 return host(x, *args, **kwargs)
-            if self.overwritten:
+            perturbed = self.perturb(take_rows(x, self.perturbed, total=self.rows))
+            if not self.left_out:
                 out: Tensor = host(x, *args, **kwargs).clone()
-                out[list(self.overwritten)] = self.perturb(take_rows(x, self.overwritten, total=self.rows))
+                out[list(self.perturbed)] = perturbed
                 return out
-            kept = self.rows - self.extra
-            perturbed = self.perturb(x[kept:])
+            kept = range(self.rows - len(self.perturbed))
             if not kept:
                 return perturbed
-            own_args, own_kwargs = take_rows((args, kwargs), range(kept), total=self.rows)
-            return join_rows(host(x[:kept], *own_args, **own_kwargs), perturbed)
+            own_args, own_kwargs = take_rows(((x, *args), kwargs), kept, total=self.rows)
+            return join_rows(host(*own_args, **own_kwargs), perturbed)
+
+        return forward
+
+
+@dataclass
+class BlockPatch:
+    """One transformer block in a call of ``rows`` rows: those in ``perturbed`` get something else."""
+
+    rows: int
+    perturb: Perturb
+    perturbed: Sequence[int]
+    applied: bool = field(default=False, init=False)
+
+    def wrap(self, host: Forward) -> Forward:
+        """The replacement for ``host``, the block's present forward."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.shape[0] != self.rows:
+                return host(x, *args, **kwargs)
+            self.applied = True
+            changed = x.clone()
+            changed[list(self.perturbed)] = self.perturb(take_rows(x, self.perturbed, total=self.rows))
+            return host(changed, *args, **kwargs)
 
         return forward

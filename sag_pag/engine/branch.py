@@ -15,19 +15,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sag_pag.engine.attention import AttentionPatch, KeyValueInputs, MapCapture, MapSize
+from sag_pag.engine.attention import AttentionPatch, BlockPatch, KeyValueInputs, MapCapture, MapSize
 from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
 from sag_pag.engine.patching import Forward, forward_replaced, without_hooks
-from sag_pag.engine.perturbations import IDENTITY, PERTURBATIONS, Perturbation
+from sag_pag.engine.perturbations import PERTURBATIONS, Perturbation, Place
 from sag_pag.engine.rows import copied, count_rows, join_rows, take_rows
 from sag_pag.engine.topology import AttentionSite, Topology
+from sag_pag.settings import Settings
 
 
 @dataclass(frozen=True)
 class Branch:
     """What to add to one denoiser call.
 
-    ``rows``: those of the call to run once more with ``perturbation`` at ``perturbed``.
+    ``rows``: those of the call to run once more, perturbed at ``perturbed`` in the way that ``settings`` name.
     ``capture``: reads the attention map of ``read`` on the way.
     """
 
@@ -35,11 +36,16 @@ class Branch:
     key_value_inputs: KeyValueInputs
     rows: Sequence[int] = ()
     perturbed: tuple[AttentionSite, ...] = ()
-    perturbation: Perturbation = PERTURBATIONS[IDENTITY]
+    settings: Settings = field(default_factory=Settings)
     capture: MapCapture | None = None
     read: AttentionSite | None = None
     manner: Manner = JOINED
     watch: Watch = field(default_factory=Watch)
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What perturbed rows do."""
+        return PERTURBATIONS[self.settings.pag_perturbation]
 
 
 def denoise_with_branch(
@@ -59,10 +65,10 @@ def denoise_with_branch(
 
 
 def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch) -> tuple[Tensor, Tensor]:
-    total, extra = x.shape[0], len(branch.rows)
-    combined = total + extra
+    total = x.shape[0]
+    combined = total + len(branch.rows)
     with_extra = partial(take_rows, rows=[*range(total), *branch.rows], total=total)
-    patches = _Patches.perturbing(branch, rows=combined, extra=extra)
+    patches = _Patches.perturbing(branch, rows=combined, perturbed=range(total, combined), extra=True)
     patches.read(branch, rows=combined, rows_in_prefix=total)
     with branch.watch.host_call(), _applied(branch, patches, rows=combined, prefix=_shared(total, branch.rows)):
         out = denoise(with_extra(x), with_extra(sigma), cond=with_extra(cond))
@@ -76,7 +82,7 @@ def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Br
     reading = _Patches.reading(branch, rows=total)
     with branch.watch.host_call(), _applied(branch, reading, rows=total, prefix=_recorded(record, rows, total=total)):
         out = denoise(x, sigma, cond=cond)
-    patches = _Patches.perturbing(branch, rows=len(rows), extra=len(rows))
+    patches = _Patches.perturbing(branch, rows=len(rows), perturbed=range(len(rows)), extra=True)
     with (
         branch.watch.own_call(rows, same_picture=True), _not_moved(branch),
         _applied(branch, patches, rows=len(rows), prefix=_replayed(record)),
@@ -89,26 +95,31 @@ def _repeated(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch:
     total = x.shape[0]
     with branch.watch.host_call(), _applied(branch, _Patches.reading(branch, rows=total), rows=total):
         out = denoise(x, sigma, cond=cond)
-    patches = _Patches.perturbing(branch, rows=total, overwritten=branch.rows)
+    patches = _Patches.perturbing(branch, rows=total, perturbed=branch.rows, extra=False)
     with branch.watch.own_call(range(total), same_picture=True), _applied(branch, patches, rows=total):
         perturbed = denoise(x, sigma, cond=cond)
     return out, take_rows(perturbed, branch.rows, total=total)
 
 
 class _Patches:
-    """What each attention does in one call, and the transformers that tell how large their feature map is."""
+    """What the modules around a call's attentions do, and the transformers that tell how large their feature map is."""
 
     def __init__(self) -> None:
-        self.by_site: dict[AttentionSite, AttentionPatch] = {}
+        self.attentions: dict[AttentionSite, AttentionPatch] = {}
+        self.blocks: dict[AttentionSite, BlockPatch] = {}
         self.sizes: dict[nn.Module, MapSize] = {}
         self.capture: MapCapture | None = None
 
     @classmethod
-    def perturbing(cls, branch: Branch, *, rows: int, extra: int = 0, overwritten: Sequence[int] = ()) -> _Patches:
+    def perturbing(cls, branch: Branch, *, rows: int, perturbed: Sequence[int], extra: bool) -> _Patches:
+        """A call of so many rows of which some are perturbed; ``extra`` rows the host's attention need not see."""
         made = cls()
         for site in branch.perturbed:
             perturb = partial(_perturb, branch, site, made._size_at(site))
-            made.by_site[site] = AttentionPatch(rows, perturb, extra, overwritten)
+            if branch.perturbation.at == "block":
+                made.blocks[site] = BlockPatch(rows, perturb, perturbed)
+            else:
+                made.attentions[site] = AttentionPatch(rows, perturb, perturbed, left_out=extra)
         return made
 
     @classmethod
@@ -122,22 +133,39 @@ class _Patches:
         site, capture, order = branch.read, branch.capture, branch.topology.sites.index
         if capture is None or site is None:
             return
-        if site not in self.by_site:
+        if site not in self.attentions:
             in_prefix = rows_in_prefix is not None and order(site) < order(branch.perturbed[0])
-            self.by_site[site] = AttentionPatch(rows_in_prefix if in_prefix and rows_in_prefix is not None else rows)
-        self.by_site[site].read = partial(_read, branch, site, self._size_at(site), capture)
+            self.attentions[site] = AttentionPatch(rows_in_prefix if in_prefix and rows_in_prefix is not None else rows)
+        self.attentions[site].read = partial(_read, branch, site, self._size_at(site), capture)
         self.capture = capture
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to put on."""
+        return bool(self.attentions or self.blocks)
+
+    def put_on(self, stack: ExitStack) -> None:
+        """Replaces the modules' forwards until the stack is closed."""
+        for transformer, size in self.sizes.items():
+            stack.enter_context(forward_replaced(transformer, size.watch))
+        for site, block in self.blocks.items():
+            stack.enter_context(forward_replaced(site.transformer_block, block.wrap))
+        for site, attention in self.attentions.items():
+            stack.enter_context(forward_replaced(site.attention, attention.wrap))
 
     def missed(self) -> list[str]:
         """The attentions that did not run as they should have."""
-        return [site.name for site, patch in self.by_site.items() if not patch.applied]
+        missed = [site for site, attention in self.attentions.items() if not attention.applied]
+        missed += [site for site, block in self.blocks.items() if not block.applied]
+        return [site.name for site in missed]
 
     def _size_at(self, site: AttentionSite) -> MapSize:
         return self.sizes.setdefault(site.transformer, MapSize())
 
 
 def _perturb(branch: Branch, site: AttentionSite, map_size: MapSize, tokens: Tensor) -> Tensor:
-    return branch.perturbation.run(site.attention, tokens, map_size.known(), branch.key_value_inputs)
+    place = Place(site.attention, map_size.known(), branch.key_value_inputs)
+    return branch.perturbation.run(place, tokens, branch.settings)
 
 
 def _read(branch: Branch, site: AttentionSite, map_size: MapSize, capture: MapCapture, tokens: Tensor) -> None:
@@ -223,12 +251,9 @@ def _applied(
         return forward
 
     with ExitStack() as stack:
-        if patches.by_site or prefix is not None:
+        if patches.any or prefix is not None:
             stack.enter_context(forward_replaced(branch.topology.unet, checked))
-        for transformer, size in patches.sizes.items():
-            stack.enter_context(forward_replaced(transformer, size.watch))
-        for site, patch in patches.by_site.items():
-            stack.enter_context(forward_replaced(site.attention, patch.wrap))
+        patches.put_on(stack)
         if prefix is not None:
             for module in branch.topology.prefix(branch.perturbed[0]):
                 stack.enter_context(forward_replaced(module, partial(prefix, module)))

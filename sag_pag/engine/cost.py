@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from sag_pag.engine.operations import convolution_operations, linear_operations, map_operations
-from sag_pag.engine.perturbations import IDENTITY, PERTURBATIONS, Perturbation
+from sag_pag.engine.perturbations import PERTURBATIONS
 from sag_pag.engine.plan import HiresPass, StepPlan, choose_blocks, plan_step, scales_at
 from sag_pag.engine.topology import AttentionSite, Topology, layers_of
 from sag_pag.settings import Settings
 
 TOKENS = 77
 """Of a prompt that fits one chunk."""
+
+DEFAULTS = Settings()
 
 Size = tuple[int, int]
 
@@ -82,13 +84,13 @@ class UNetCost:
             operations += 2 * map_operations(attention, tokens, seen)
         return operations
 
-    def perturbed_row(
-        self, perturbed: tuple[AttentionSite, ...], perturbation: Perturbation = PERTURBATIONS[IDENTITY]
-    ) -> int:
+    def perturbed_row(self, perturbed: tuple[AttentionSite, ...], settings: Settings) -> int:
         """An extra row with these sites perturbed: what it shares with its original is not in it."""
         shared = sum(self._operations[module] for module in self.topology.prefix(perturbed[0]))
+        perturbation = PERTURBATIONS[settings.pag_perturbation]
         saved = sum(
-            self._attention(site) - perturbation.operations(site.attention, self._tokens(site)) for site in perturbed
+            self._attention(site) - perturbation.operations(site.attention, self.map_sizes[site], settings)
+            for site in perturbed
         )
         return self.row - shared - saved
 
@@ -98,9 +100,9 @@ class UNetCost:
         inputs = sum(linear_operations(site.attention.get_submodule(name), tokens) for name in ("to_q", "to_k"))
         return inputs + map_operations(site.attention, tokens, tokens)
 
-    def perturbing_alone(self, sites: tuple[AttentionSite, ...]) -> float:
+    def perturbing_alone(self, sites: tuple[AttentionSite, ...], settings: Settings = DEFAULTS) -> float:
         """A step with CFG and PAG at these sites, over the step without PAG."""
-        return 1 + self.perturbed_row(sites) / (2 * self.row)
+        return 1 + self.perturbed_row(sites, settings) / (2 * self.row)
 
     def reading_alone(self, site: AttentionSite) -> float:
         """A step with CFG and SAG that reads this site, over the step without SAG."""
@@ -118,7 +120,7 @@ class UNetCost:
         """A step's operations over those of the same step without guidance; ``rows`` a picture: 2 with CFG, else 1."""
         extra = 0
         if plan is not None and plan.pag_scale:
-            extra += self.perturbed_row(plan.perturbed)
+            extra += self.perturbed_row(plan.perturbed, plan.settings)
         if plan is not None and plan.sag_scale and plan.read is not None:
             extra += self.row + self.reading(plan.read)
         return 1 + extra / (rows * self.row)
@@ -152,8 +154,8 @@ def picture_cost(settings: Settings, passes: Sequence[Pass], *, rows: int) -> Pi
     for done in passes:
         chosen = choose_blocks(settings, done.cost.topology)
         plans = [
-            plan_step(settings, chosen, scales_at(settings, progress=progress, hires=done.hires))
-            for progress in done.progress()
+            plan_step(settings, chosen, scales_at(settings, progress=progress, number=number, hires=done.hires))
+            for number, progress in enumerate(done.progress())
         ]
         ratios = [done.cost.step(plan, rows=rows) for plan in plans]
         dearest = max([dearest, *ratios])

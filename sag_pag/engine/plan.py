@@ -83,19 +83,22 @@ def guides_pass(settings: Settings, hires: HiresPass | None) -> bool:
     return hires is None or settings.hires_pass in ("both passes", hires)
 
 
-def scales_at(settings: Settings, *, progress: float, hires: HiresPass | None = None) -> Scales:
+def scales_at(settings: Settings, *, progress: float, number: int = 0, hires: HiresPass | None = None) -> Scales:
     """The features' scales at ``progress`` (0 noise, 1 picture; ``(999 - timestep) / 1000``), whatever the model.
 
-    ``hires`` is the pass of hires. fix, ``None`` where the picture is made without it.
+    ``number`` is that of the step in its pass, from 0 on; a step is a call of the sampler's denoiser. ``hires`` is the
+    pass of hires. fix, ``None`` where the picture is made without it.
     """
     if not guides_pass(settings, hires):
         return dict.fromkeys(FEATURES, 0.0)
     own = hires == "hires pass" and settings.hires_own_scales
     scales: dict[Switchable, float] = {}
     for feature in FEATURES:
-        on, start, end = (getattr(settings, f"{feature}_{name}") for name in ("enabled", "start", "end"))
+        on, start, end, every = (
+            getattr(settings, f"{feature}_{name}") for name in ("enabled", "start", "end", "every")
+        )
         scale: float = getattr(settings, f"hires_{feature}_scale" if own else f"{feature}_scale")
-        scales[feature] = scale if on and start <= progress <= end else 0.0
+        scales[feature] = scale if on and start <= progress <= end and number % every == 0 else 0.0
     if not settings.sag_blur_sigma:
         scales["sag"] = 0.0
     if settings.pag_fade and settings.pag_end > settings.pag_start:

@@ -93,7 +93,7 @@ class GuidedStep:
         out, perturbed = denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
             topology=self.topology, key_value_inputs=self.key_value_inputs,
             rows=conds if self.plan.pag_scale else (), perturbed=self.plan.perturbed,
-            capture=capture, read=self.plan.read, manner=self.manner, watch=watch,
+            settings=self.plan.settings, capture=capture, read=self.plan.read, manner=self.manner, watch=watch,
         ))
         kept = out.clone()  # other extensions may change the host's tensor in place
         self._out |= {row: kept[index] for index, row in enumerate(rows)}

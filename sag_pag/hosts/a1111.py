@@ -154,6 +154,11 @@ class A1111Step:
         return (999 - int(largest)) / 1000
 
     @property
+    def number(self) -> int:
+        """How often the denoiser was called before in this pass."""
+        return int(self.denoiser.step)
+
+    @property
     def rows(self) -> StepRows:
         """Every sub-prompt of each image, InstructPix2Pix's third group, then the unconditional ones."""
         batch = self.denoiser.sampler.sampler_extra_args["cond"].batch

@@ -59,6 +59,10 @@ class Step(Protocol):
         """
 
     @property
+    def number(self) -> int:
+        """How many steps of this pass went before; a step is a call of the sampler's denoiser."""
+
+    @property
     def rows(self) -> StepRows:
         """What the rows of the step's denoiser calls are, all together."""
 

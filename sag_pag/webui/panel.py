@@ -26,9 +26,13 @@ LoadedModel = Callable[[], Topology | str]
 """The loaded model's self-attentions, or why there are none to choose from."""
 
 _ROWS: dict[Feature, tuple[tuple[str, ...], ...]] = {
-    "pag": (("pag_scale",), ("pag_blocks",), ("pag_start", "pag_end"), ("pag_fade",)),
+    "pag": (
+        ("pag_scale",), ("pag_blocks",), ("pag_start", "pag_end"), ("pag_fade", "pag_every"), ("pag_perturbation",),
+        ("pag_query_blur", "pag_swap"),
+    ),
     "sag": (
-        ("sag_scale",), ("sag_threshold", "sag_blur_sigma"), ("sag_block",), ("sag_start", "sag_end"), ("sag_show",),
+        ("sag_scale",), ("sag_threshold", "sag_blur_sigma"), ("sag_block",), ("sag_start", "sag_end"),
+        ("sag_every", "sag_show"),
     ),
     "both": (("rescale", "rescale_mode"),),
 }
@@ -256,7 +260,7 @@ def _control(parameter: Parameter, elem_id: str) -> Any:
     common = {"label": parameter.label, "value": parameter.default, "info": parameter.help, "elem_id": elem_id}
     if parameter.kind == "bool":
         return gr.Checkbox(**common)
-    if parameter.kind == "float":
+    if parameter.is_number:
         return gr.Slider(minimum=parameter.minimum, maximum=parameter.maximum, step=parameter.step, **common)
     if parameter.kind == "choice":
         return gr.Radio(choices=list(parameter.choices), **common)

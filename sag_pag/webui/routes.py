@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import shared
-from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from sag_pag import hosts
 from sag_pag.engine.cost import UNetCost
@@ -20,7 +20,7 @@ from sag_pag.webui.presets import STORE, PresetError
 PREFIX = "/sag-pag/v1"
 
 # Annotations in the old spelling: pydantic evaluates them at run time. Strict types: pydantic 1 would make True of 1.0.
-ParameterValue = Union[StrictBool, StrictFloat, StrictStr]  # noqa: UP007
+ParameterValue = Union[StrictBool, StrictInt, StrictFloat, StrictStr]  # noqa: UP007
 
 
 def _pixels() -> Any:
@@ -73,11 +73,11 @@ class ParameterItem(BaseModel):
     position: int
     name: str
     feature: str = Field(description="sag, pag, or both for what they share")
-    type: str = Field(description="bool, float, choice, or blocks for a list of block names")
+    type: str = Field(description="bool, float, int, choice, or blocks for a list of block names")
     default: ParameterValue
-    minimum: Optional[float] = Field(default=None, description="Of a float")  # noqa: UP045
-    maximum: Optional[float] = Field(default=None, description="Of a float")  # noqa: UP045
-    step: Optional[float] = Field(default=None, description="Of the slider of a float")  # noqa: UP045
+    minimum: Optional[float] = Field(default=None, description="Of a number")  # noqa: UP045
+    maximum: Optional[float] = Field(default=None, description="Of a number")  # noqa: UP045
+    step: Optional[float] = Field(default=None, description="Of a number's slider")  # noqa: UP045
     choices: Optional[list[str]] = Field(default=None, description="Of a choice")  # noqa: UP045
     label: str
     help: str
@@ -140,7 +140,7 @@ def schema() -> Schema:
 
 
 def _item(position: int, parameter: Parameter) -> ParameterItem:
-    number = parameter.kind == "float"
+    number = parameter.is_number
     return ParameterItem(
         position=position, name=parameter.name, feature=parameter.feature, type=parameter.kind,
         default=parameter.default, minimum=parameter.minimum if number else None,

@@ -8,8 +8,8 @@ swallow exceptions from callbacks: they are kept here and raised where hosts do 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from sag_pag.engine.topology import Topology
 from sag_pag.guidance import MergedTokensError
 from sag_pag.hosts.interface import DenoiserCall, Host, Step, UnguidableModelError
 from sag_pag.neighbours import Neighbours
-from sag_pag.settings import FEATURES, SettingError, Settings, Switchable
+from sag_pag.settings import BLOCKS_OF, FEATURES, SettingError, Settings, Switchable
 from sag_pag.webui.record import Record
 
 
@@ -121,14 +121,17 @@ class GuidedRun:
             self._guided = self._decide(call.sigma)
         if self._guided is None:
             return call.denoise(call.x, call.sigma, cond=call.cond)
-        return self._guided(call.denoise, call.x, call.sigma, cond=call.cond, rows=call.rows)
+        with self._merged_tokens_refused("pag"):
+            return self._guided(call.denoise, call.x, call.sigma, cond=call.cond, rows=call.rows)
 
     def _decide(self, sigma: Tensor) -> GuidedStep | None:
         """This step's guidance, on the live model: a refiner may have taken over."""
         assert self._step is not None
         self.steps_decided += 1
         self._progress = self._step.progress(sigma)
-        scales = scales_at(self.settings, progress=self._progress, hires=self.host.hires_pass(self.p))
+        scales = scales_at(
+            self.settings, progress=self._progress, number=self._step.number, hires=self.host.hires_pass(self.p)
+        )
         acting = [feature for feature in FEATURES if scales[feature]]
         if not acting:
             return None
@@ -171,13 +174,20 @@ class GuidedRun:
         self._taken.close()
         if self._guided is None:
             return
-        try:
+        with self._merged_tokens_refused("sag"):
             self._guided.finish()
-        except MergedTokensError as error:
-            allowed = "a block whose tokens are not merged: choose a coarser one, or a token merging ratio of 0"
-            raise RefusedError(SettingError("sag_block", self.settings.sag_block, allowed)) from error
         if self.settings.sag_show and self._guided.seen_by_sag is not None:
             self.views.append((self._progress, self._guided.seen_by_sag))
+
+    @contextmanager
+    def _merged_tokens_refused(self, feature: Switchable) -> Iterator[None]:
+        """Token merging is the WebUI's own option: a block that it works in is a setting that can't be used."""
+        try:
+            yield
+        except MergedTokensError as error:
+            name = BLOCKS_OF[feature]
+            allowed = "a block whose tokens are not merged: choose a coarser one, or a token merging ratio of 0"
+            raise RefusedError(SettingError(name, getattr(self.settings, name), allowed)) from error
 
     def guide(self, combined: Tensor) -> Tensor:
         """After-CFG callback: the host's result with the guidance added."""

@@ -12,7 +12,7 @@ from sag_pag import hosts
 from sag_pag.engine.plan import check_blocks
 from sag_pag.engine.topology import Topology
 from sag_pag.hosts.interface import UnguidableModelError
-from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_switches
+from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_by
 from sag_pag.webui import texts
 from sag_pag.webui.runs import RefusedError
 
@@ -47,7 +47,7 @@ def register_axes() -> None:
 def _axis(module: Any, parameter: Parameter) -> Any:
     choices = {"bool": ("True", "False"), "choice": parameter.choices}.get(parameter.kind)
     return module.AxisOption(
-        axis_label(parameter), float if parameter.kind == "float" else str, partial(_apply, parameter),
+        axis_label(parameter), {"float": float, "int": int}.get(parameter.kind, str), partial(_apply, parameter),
         confirm=partial(_confirm, parameter), choices=None if choices is None else lambda: list(choices),
     )
 
@@ -69,7 +69,7 @@ def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
         settings = Settings.from_list(p.script_args[script.args_from : script.args_to])
         for cell in cells:
             value = _value(parameter, cell)
-            changed = settings.with_values({**implied_switches([parameter.name]), parameter.name: value})
+            changed = settings.with_values({**implied_by([parameter.name]), parameter.name: value})
             if not both_ends:
                 changed.check_order()
             check_blocks(changed, topology)
@@ -93,7 +93,7 @@ def _beyond_its_range(parameter: Parameter, cell: Any, written: str) -> bool:
 
     The plot makes 0.5, …, 1 and 1.0999999999999999 of "0.5-1 (+0.1)".
     """
-    if parameter.kind != "float" or parameter.minimum <= round(cell, 9) <= parameter.maximum:
+    if not parameter.is_number or parameter.minimum <= round(cell, 9) <= parameter.maximum:
         return False
     for item in written.split(","):
         if (found := _RANGE.fullmatch(item.strip())) is not None:
@@ -134,7 +134,7 @@ def _apply(parameter: Parameter, p: Any, cell: Any, _cells: list[Any]) -> None:
         p.script_args[script.args_to :],
     )
     plotted: tuple[str, ...] = getattr(p, _PLOTTED, ())
-    implied = {switch: on for switch, on in implied_switches([parameter.name]).items() if switch not in plotted}
+    implied = {switch: on for switch, on in implied_by([parameter.name]).items() if switch not in plotted}
     setattr(p, _PLOTTED, (*plotted, parameter.name))
     changed = Settings.from_list(own).with_values({**implied, parameter.name: _value(parameter, cell)})
     p.script_args = type(p.script_args)((*before, *changed.values(), *after))

@@ -101,7 +101,7 @@ def pasted(host: Host, infotext: str) -> list[Any]:
     host.script_callbacks.run("infotext_pasted", infotext, fields)
     assert fields == before
     standing = [True, 4.0, 2.0, 3.0, "input.1", 0.3, 0.4, True, 9.0, "input.1", 0.3, 0.4, True,
-                0.9, "snf", "hires pass", True, 4.0, 9.0, True]  # fmt: skip
+                0.9, "snf", "hires pass", True, 4.0, 9.0, True, "swapped tokens", 5.0, 0.4, 4, 5]  # fmt: skip
     values = []
     for (control, read), odd in zip(host.script.infotext_fields, standing, strict=True):
         value = read(fields)

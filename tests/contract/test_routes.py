@@ -61,7 +61,7 @@ def test_schema(host: Host) -> None:
     for item, parameter in zip(listed, PARAMETERS.values(), strict=True):
         assert item["default"] == parameter.default
         assert type(item["default"]) is type(parameter.default)
-        assert (item["minimum"] is None) is (parameter.kind != "float")
+        assert (item["minimum"] is None) is (not parameter.is_number)
 
 
 def test_presets_can_be_sent_as_they_are(host: Host) -> None:

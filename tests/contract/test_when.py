@@ -104,3 +104,35 @@ def test_rescale_is_heard(host: Host, mode: str, sampler: str) -> None:
     assert not torch.allclose(tamed, plain, atol=1e-3)
     assert not torch.allclose(tamed, guided, atol=1e-3)
     torch.testing.assert_close(slightly, guided, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("settings", "rows"), [
+    ({"pag_scale": 3, "pag_every": 2}, [3, 2, 3, 2, 3]),
+    ({"pag_scale": 3, "pag_every": 3}, [3, 2, 2, 3, 2]),
+    ({"pag_scale": 3, "pag_every": 10}, [3, 2, 2, 2, 2]),
+    ({"sag_scale": 1, "sag_every": 2}, [2, 1, 2, 2, 1, 2, 2, 1]),
+    ({"sag_scale": 1, "sag_every": 2, "pag_scale": 3, "pag_every": 3}, [3, 1, 2, 2, 1, 3, 2, 1]),
+    ({"pag_scale": 3, "pag_every": 2, "pag_start": 0.4}, [2, 2, 3, 2, 3]),
+])
+def test_every_nth_step(host: Host, sampler: str, settings: dict[str, Any], rows: list[int]) -> None:
+    """Counted by the denoiser's own steps from the first one on."""
+    assert host.rows(lambda: host.generate(settings, steps=5, sampler_name=sampler)) == rows
+
+
+def test_every_nth_step_of_each_pass(host: Host) -> None:
+    made = host.rows(lambda: host.generate({"pag_scale": 3, "pag_every": 2}, steps=3, enable_hr=True))
+    assert made == [3, 2, 3] * 2
+
+
+class Steps(Naive):
+    """Guides in every second step only."""
+
+    def _guide(self, after: Any) -> None:
+        if self.params.denoiser.step % 2 == 0:
+            super()._guide(after)
+
+
+def test_every_second_step_is_guided_as_each_would_be(host: Host) -> None:
+    settings = {"sag_scale": 1, "sag_every": 2, "pag_scale": 3, "pag_every": 2}
+    close(host.generate(settings, steps=4)[0], naive(host, Steps(host, Wanted(sag=1.0, pag=3.0)), steps=4))

@@ -19,6 +19,8 @@ CELLS: dict[str, tuple[str, Any]] = {  # for each parameter a cell as typed, and
     "pag_fade": ("True", True), "rescale": ("0.5", 0.5), "rescale_mode": ("partial", "partial"),
     "hires_pass": ("first pass", "first pass"), "hires_own_scales": ("True", True), "hires_sag_scale": ("2", 2.0),
     "hires_pag_scale": ("1", 1.0), "sag_show": ("True", True),
+    "pag_perturbation": ("swapped tokens", "swapped tokens"), "pag_query_blur": ("2", 2.0), "pag_swap": ("0.3", 0.3),
+    "pag_every": ("2", 2), "sag_every": ("3", 3),
 }
 BASE = {"sag_scale": 1, "pag_scale": 3, "rescale": 0.3}
 
@@ -35,7 +37,7 @@ def label(host: Host, name: str) -> str:
     group = {"sag": "[SAG]", "pag": "[PAG]", "both": "[SAG/PAG]"}[parameter.feature]
     same_name = {"sag_scale": "Scale", "pag_scale": "Scale"}
     text = "Enable" if name.endswith("_enabled") else same_name.get(name, parameter.label)
-    text = {"start": "Start", "end": "End"}.get(name[4:], text)
+    text = {"start": "Start", "end": "End", "every": "Every n-th step"}.get(name[4:], text)
     assert f"{group} {text}" in labels(host)
     return f"{group} {text}"
 

@@ -14,14 +14,16 @@ from sag_pag.demo.unet import CrossAttention, redraw_
 from sag_pag.engine import attention as ours
 from sag_pag.engine.attention import (
     AttentionPatch,
+    KeyValueInputs,
     MapCapture,
     MapSize,
     Perturb,
     attention_received,
     unchanged_inputs,
 )
-from sag_pag.engine.perturbations import identity_attention
+from sag_pag.engine.perturbations import Place, identity_attention
 from sag_pag.engine.rows import take_rows
+from sag_pag.settings import Settings
 
 
 def layer(*, heads: int = 3, dim_head: int = 4, seed: int = 1) -> CrossAttention:
@@ -76,22 +78,22 @@ def test_identity_attention_is_an_identity_map_put_in_the_middle() -> None:
     x, module = tokens(2, 7), layer()
     values = module.to_v(x).unflatten(-1, (3, 4)).transpose(1, 2)
     expected = module.to_out((torch.eye(7) @ values).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(identity_attention(module, x, SIZE, unchanged_inputs), expected)
-    changed = identity_attention(module, x, SIZE, lambda t: (t * 9, t / 2))
-    torch.testing.assert_close(changed, identity_attention(module, x / 2, SIZE, unchanged_inputs))
+    torch.testing.assert_close(identity(module)(x), expected)
+    changed = identity(module, lambda t: (t * 9, t / 2))(x)
+    torch.testing.assert_close(changed, identity(module)(x / 2))
 
 
 SIZE = (1, 5)
 
 
-def identity(module: CrossAttention) -> Perturb:
-    return lambda x: identity_attention(module, x, SIZE, unchanged_inputs)
+def identity(module: CrossAttention, inputs: KeyValueInputs = unchanged_inputs) -> Perturb:
+    return lambda x: identity_attention(Place(module, SIZE, inputs), x, Settings())
 
 
 @pytest.mark.parametrize("extra", [1, 2, 4])
 def test_the_patch_perturbs_the_last_rows(extra: int) -> None:
     module, x = layer(), tokens(4, 5)
-    patch = AttentionPatch(4, identity(module), extra)
+    patch = AttentionPatch(4, identity(module), range(4 - extra, 4), left_out=True)
     out = patch.wrap(module.forward)(x, context=None)
     kept = 4 - extra
     torch.testing.assert_close(out[:kept], module(x[:kept]))
@@ -101,7 +103,7 @@ def test_the_patch_perturbs_the_last_rows(extra: int) -> None:
 
 def test_the_patch_overwrites_rows_of_the_hosts() -> None:
     module, x = layer(), tokens(4, 5)
-    patch = AttentionPatch(4, identity(module), overwritten=[2, 0])
+    patch = AttentionPatch(4, identity(module), [2, 0])
     out = patch.wrap(module.forward)(x, context=None)
     assert torch.equal(out[[1, 3]], module(x)[[1, 3]])
     torch.testing.assert_close(out[[2, 0]], identity(module)(x[[2, 0]]))
@@ -110,7 +112,7 @@ def test_the_patch_overwrites_rows_of_the_hosts() -> None:
 def test_the_patch_leaves_other_calls_alone() -> None:
     module = layer()
     read: list[Tensor] = []
-    patch = AttentionPatch(4, identity(module), 2, read=read.append)
+    patch = AttentionPatch(4, identity(module), [2, 3], left_out=True, read=read.append)
     x = tokens(3, 5)
     assert torch.equal(patch.wrap(module.forward)(x), module(x))
     assert not patch.applied

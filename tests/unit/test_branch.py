@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
 from sag_pag.engine.attention import MapCapture, unchanged_inputs
 from sag_pag.engine.branch import Branch, denoise_with_branch
-from sag_pag.engine.calls import APART, JOINED
+from sag_pag.engine.calls import APART, JOINED, Manner
+from sag_pag.engine.perturbations import Place, swapped_tokens
 from sag_pag.engine.rows import take_rows
 from sag_pag.engine.topology import Topology
 from sag_pag.neighbours.unknown import REPEATED
+from sag_pag.settings import Settings
 
 DEEP = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
@@ -90,6 +92,76 @@ def test_perturbed_rows(unet: nn.Module, text: str, own_call: bool, rows: range)
     torch.testing.assert_close(out, unet(x, sigma, context=cond["text"][0]), rtol=1e-4, atol=5e-5)
     torch.testing.assert_close(perturbed, perturbed_alone(unet, topology, text, rows), rtol=1e-4, atol=5e-5)
     assert not torch.allclose(perturbed, out[rows.start : rows.stop], atol=1e-3)
+
+
+class Blurred(Identity):
+    """Every query is the mean of all."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__(original)
+        self.original = original
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        a = self.original
+        split = [f(x).unflatten(-1, (a.heads, -1)).transpose(1, 2) for f in (a.to_q, a.to_k, a.to_v)]
+        query = split[0].mean(dim=2, keepdim=True).expand_as(split[0])
+        weights = (query @ split[1].mT / query.shape[-1] ** 0.5).softmax(-1)
+        out: Tensor = self.to_out((weights @ split[2]).transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("manner", [JOINED, APART, REPEATED], ids=["joined", "apart", "repeated"])
+@pytest.mark.parametrize("text", ["input.1", "middle.1", "middle, output.2"])
+def test_blurred_queries_in_place(
+    unet: nn.Module, text: str, manner: Manner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology, rows = Topology(unet), [2, 0]
+    x, sigma, cond = inputs()
+    settings = Settings(pag_enabled=True, pag_perturbation="blurred queries")
+    out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
+        topology, unchanged_inputs, rows=rows, perturbed=topology.resolve(text), manner=manner, watch=manner.watch(),
+        settings=settings,
+    ))  # fmt: skip
+    plain = unet(x, sigma, context=cond["text"][0])
+    torch.testing.assert_close(out, plain, rtol=1e-4, atol=5e-5)
+    monkeypatch.setattr("test_branch.Identity", Blurred)
+    expected = torch.cat([perturbed_alone(unet, topology, text, range(row, row + 1)) for row in rows])
+    assert perturbed is not None
+    torch.testing.assert_close(perturbed, expected, rtol=1e-4, atol=5e-5)
+    assert not torch.allclose(perturbed, plain[rows], atol=1e-3)
+
+
+@pytest.mark.parametrize("manner", [JOINED, APART, REPEATED], ids=["joined", "apart", "repeated"])
+@pytest.mark.parametrize("text", ["input.1", "middle.1", "middle, output.2"])
+@pytest.mark.parametrize("read", ["", "input.1", "middle.1", "output.3"])
+def test_swapped_tokens_in_place(unet: nn.Module, text: str, read: str, manner: Manner) -> None:
+    """They are the transformer block's input, so that they are in the residual too."""
+    topology, rows = Topology(unet), [2, 0]
+    x, sigma, cond = inputs()
+    settings = Settings(pag_enabled=True, pag_perturbation="swapped tokens", pag_swap=0.3)
+    capture = MapCapture([3, 2], (8, 6)) if read else None
+    out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
+        topology, unchanged_inputs, rows=rows, perturbed=topology.resolve(text), manner=manner, watch=manner.watch(),
+        settings=settings, capture=capture, read=topology.resolve(read)[0] if read else None,
+    ))  # fmt: skip
+    plain = unet(x, sigma, context=cond["text"][0])
+    torch.testing.assert_close(out, plain, rtol=1e-4, atol=5e-5)
+    place = Place(topology.sites[0].attention, (1, 1), unchanged_inputs)
+    hooks = [
+        site.transformer_block.register_forward_pre_hook(
+            lambda _, args: (swapped_tokens(place, args[0], settings), *args[1:])
+        )
+        for site in topology.resolve(text)
+    ]
+    expected = unet(x[rows], sigma[rows], context=cond["text"][0][rows])
+    for hook in hooks:
+        hook.remove()
+    assert perturbed is not None
+    torch.testing.assert_close(perturbed, expected, rtol=1e-4, atol=5e-5)
+    assert not torch.allclose(perturbed, plain[rows], atol=1e-3)
+    if capture is not None:
+        assert capture.received is not None
+        torch.testing.assert_close(capture.received.mean(dim=1), torch.ones(2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

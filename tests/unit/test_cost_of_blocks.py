@@ -18,6 +18,9 @@ from sag_pag.settings import Settings
 CASES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "PAG": {"pag_enabled": True},
+    "SEG, mean": {"pag_enabled": True, "pag_perturbation": "blurred queries"},
+    "SEG": {"pag_enabled": True, "pag_perturbation": "blurred queries", "pag_query_blur": 3.0},
+    "SSG": {"pag_enabled": True, "pag_perturbation": "swapped tokens"},
     "PAG early": {"pag_enabled": True, "pag_blocks": "input.7"},
     "PAG late": {"pag_enabled": True, "pag_blocks": "output.5"},
     "PAG in many": {"pag_enabled": True, "pag_blocks": "input.8, middle, output.0, output.3"},

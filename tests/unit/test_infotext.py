@@ -66,6 +66,7 @@ def any_settings(draw: st.DrawFn) -> Settings:
         strategy: st.SearchStrategy[Any] = {
             "bool": st.booleans(),
             "float": st.floats(parameter.minimum, parameter.maximum),
+            "int": st.integers(int(parameter.minimum), int(parameter.maximum)),
             "choice": st.sampled_from(parameter.choices or ("",)),
             "blocks": BLOCKS,
         }[parameter.kind]
@@ -78,8 +79,10 @@ def relevant(settings: Settings) -> dict[str, Any]:
     return {
         p.name: getattr(settings, p.name)
         for p in PARAMETERS.values()
-        if p.name.endswith("_enabled")
-        or (settings.enabled if p.feature == "both" else getattr(settings, f"{p.feature}_enabled"))
+        if p.name.endswith("_enabled") or (
+            (settings.enabled if p.feature == "both" else getattr(settings, f"{p.feature}_enabled"))
+            and (p.only_for is None or getattr(settings, p.only_for[0]) == p.only_for[1])
+        )
     }
 
 

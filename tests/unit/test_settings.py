@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sag_pag.engine.perturbations import PERTURBATIONS
 from sag_pag.settings import (
     FEATURES,
     HIRES_PASSES,
     PARAMETERS,
+    PERTURBATION_NAMES,
     RESCALE_MODES,
     SWITCHES,
     Parameter,
@@ -26,13 +28,16 @@ ORDER = (  # the positional order of the API: append only
     "sag_enabled", "sag_scale", "sag_threshold", "sag_blur_sigma", "sag_block", "sag_start", "sag_end",
     "pag_enabled", "pag_scale", "pag_blocks", "pag_start", "pag_end", "pag_fade",
     "rescale", "rescale_mode", "hires_pass", "hires_own_scales", "hires_sag_scale", "hires_pag_scale", "sag_show",
+    "pag_perturbation", "pag_query_blur", "pag_swap", "pag_every", "sag_every",
 )
 DEFAULTS = (
     False, 0.75, 1.0, 1.0, "middle", 0.0, 1.0,
     False, 3.0, "middle", 0.0, 1.0, False,
     0.0, "full", "both passes", False, 0.75, 3.0, False,
+    "identity", 100.0, 0.1, 1, 1,
 )
 FLOATS = [p for p in PARAMETERS.values() if p.kind == "float"]
+INTS = [p for p in PARAMETERS.values() if p.kind == "int"]
 BOOLS = [p for p in PARAMETERS.values() if p.kind == "bool"]
 TEXTS = [p for p in PARAMETERS.values() if p.kind in ("choice", "blocks")]
 
@@ -42,6 +47,7 @@ def name_of(parameter: Parameter) -> str:
 
 
 each_float = pytest.mark.parametrize("parameter", FLOATS, ids=name_of)
+each_int = pytest.mark.parametrize("parameter", INTS, ids=name_of)
 each_bool = pytest.mark.parametrize("parameter", BOOLS, ids=name_of)
 each_text = pytest.mark.parametrize("parameter", TEXTS, ids=name_of)
 each_parameter = pytest.mark.parametrize("parameter", PARAMETERS.values(), ids=name_of)
@@ -70,7 +76,7 @@ def test_definition_is_complete(parameter: Parameter) -> None:
     for text in (parameter.label, parameter.help, parameter.infotext):
         assert text
         assert text == text.strip()
-    if parameter.kind == "float":
+    if parameter.is_number:
         steps = (float(parameter.default) - parameter.minimum) / parameter.step
         assert math.isclose(steps, round(steps), abs_tol=1e-6)  # the slider can stand at the default
     if parameter.kind == "choice":
@@ -95,6 +101,7 @@ def test_infotext_keys_are_told_apart_and_can_be_read() -> None:
 def test_choices() -> None:
     assert RESCALE_MODES == ("full", "partial", "snf")
     assert HIRES_PASSES == ("both passes", "first pass", "hires pass")
+    assert PERTURBATION_NAMES == ("identity", "blurred queries", "swapped tokens") == tuple(PERTURBATIONS)
 
 
 @each_float
@@ -102,9 +109,20 @@ def test_numbers(parameter: Parameter) -> None:
     low, high = parameter.minimum, parameter.maximum
     for inside in (low, high, (low + high) / 2):
         assert parameter.check(inside) == inside
-    assert isinstance(parameter.check(1), float)
+    if low <= 1 <= high:
+        assert isinstance(parameter.check(1), float)
     outside = (low - 1e-9, high + 1e-3, -1, 10**9, math.inf, -math.inf, math.nan)
     for bad in (*outside, True, False, "1", "", None, [1.0], {"a": 1}, 1j, b"1"):
+        refused(parameter, bad)
+
+
+@each_int
+def test_whole_numbers(parameter: Parameter) -> None:
+    for inside in (parameter.minimum, parameter.maximum, 2, 2.0):
+        checked = parameter.check(inside)
+        assert (checked, type(checked)) == (inside, int)
+    assert parameter.parse(" 2 ") == parameter.parse("2.0") == 2
+    for bad in (0, parameter.maximum + 1, 2.5, -1, 10**400, math.inf, math.nan, True, "2", None):
         refused(parameter, bad)
 
 
@@ -168,13 +186,14 @@ def test_short_lists_take_defaults(count: int) -> None:
 
 
 def test_a_list_that_is_too_long() -> None:
-    with pytest.raises(SettingError, match=r"args: '21 values' can't be used; allowed: at most 20 values"):
+    with pytest.raises(SettingError, match=r"args: '26 values' can't be used; allowed: at most 25 values"):
         Settings.from_list([*DEFAULTS, 1])
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_errors_name_the_field(name: str) -> None:
     position, on = ORDER.index(name), {**dict.fromkeys(SWITCHES, True), "hires_own_scales": True}
+    on |= dict([PARAMETERS[name].only_for] if PARAMETERS[name].only_for else [])
     values = [on.get(other, default) for other, default in zip(ORDER, DEFAULTS, strict=True)]
     for bad in ([], object(), *([] if name in SWITCHES else [None])):
         with pytest.raises(SettingError) as from_list:
@@ -260,7 +279,8 @@ def test_a_dict_in_first_place_stands_for_all() -> None:
 def test_naming_a_parameter_switches_its_feature_on(name: str) -> None:
     feature = name[:3]
     settings = Settings.from_dict({name: PARAMETERS[name].default})
-    assert settings == Settings(**{f"{feature}_enabled": True})
+    chosen = dict([PARAMETERS[name].only_for] if PARAMETERS[name].only_for else [])
+    assert settings == Settings(**{f"{feature}_enabled": True, **chosen})
     assert not Settings.from_dict({name: PARAMETERS[name].default, f"{feature}_enabled": False}).enabled
 
 

@@ -1,0 +1,159 @@
+"""What perturbed rows do, against references in float64 that are written from the papers with whole matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+from torch import Tensor
+
+from sag_pag.demo.unet import CrossAttention, redraw_
+from sag_pag.engine import perturbations as ours
+from sag_pag.engine.attention import unchanged_inputs
+from sag_pag.engine.perturbations import Place, blur_queries, blurred_attention, swap_least_alike, swapped_tokens
+from sag_pag.guidance import MergedTokensError
+from sag_pag.settings import BLURRED, SWAPPED, Settings
+
+HEADS, WIDTH = 3, 12
+
+
+def layer() -> CrossAttention:
+    made = redraw_(CrossAttention(WIDTH, heads=HEADS, dim_head=WIDTH // HEADS), seed=1, gain=2.0)
+    return made.requires_grad_(False)  # type: ignore[return-value]
+
+
+def tokens(rows: int, count: int, channels: int = WIDTH, *, seed: int = 2) -> Tensor:
+    return torch.randn(rows, count, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def seg(*, sigma: float) -> Settings:
+    return Settings(pag_enabled=True, pag_perturbation=BLURRED, pag_query_blur=sigma)
+
+
+def ssg(*, share: float) -> Settings:
+    return Settings(pag_enabled=True, pag_perturbation=SWAPPED, pag_swap=share)
+
+
+def whole_map(attention: CrossAttention, x: Tensor, query: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Softmax attention with the whole map, head by head, for one row's queries ``(tokens, channels)``."""
+    weight = {name: getattr(attention, name).weight.double().numpy() for name in ("to_k", "to_v")}
+    out = attention.to_out[0]
+    key, value = (x.double().numpy() @ weight[name].T for name in ("to_k", "to_v"))
+    parts = []
+    for q, k, v in zip(*(np.split(a, HEADS, axis=-1) for a in (query, key, value)), strict=True):
+        logits = q @ k.T / np.sqrt(k.shape[-1])
+        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        parts.append(e / e.sum(axis=-1, keepdims=True) @ v)
+    return np.concatenate(parts, axis=-1) @ out.weight.double().numpy().T + out.bias.double().numpy()
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.5, 9.0, 99.5, 100.0])
+@pytest.mark.parametrize("size", [(6, 6), (4, 9), (9, 4), (1, 5)])
+def test_blurred_queries(size: tuple[int, int], sigma: float) -> None:
+    """SEG: the Gaussian works over the map as it lies, reflected at its edges; endless, it gives the mean."""
+    attention, x = layer(), tokens(2, size[0] * size[1])
+    made = blurred_attention(Place(attention, size, unchanged_inputs), x, seg(sigma=sigma))
+    for row in range(2):
+        query = x[row].double().numpy() @ attention.to_q.weight.double().numpy().T
+        grid = query.reshape(*size, WIDTH)
+        if sigma == 100:
+            grid = np.broadcast_to(grid.mean(axis=(0, 1)), grid.shape)
+        else:
+            radius = int(np.ceil(3 * sigma))
+            grid = ndimage.gaussian_filter(grid, sigma, axes=(0, 1), mode="mirror", radius=radius)
+        expected = whole_map(attention, x[row], grid.reshape(-1, WIDTH))
+        torch.testing.assert_close(made[row].double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_blur_of_nothing_is_attention() -> None:
+    """Where all queries are alike a blur changes none."""
+    attention, x = layer(), tokens(1, 1).expand(2, 12, -1)
+    made = blurred_attention(Place(attention, (3, 4), unchanged_inputs), x, seg(sigma=3))
+    torch.testing.assert_close(made, attention(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_precision_of_the_blur(dtype: torch.dtype) -> None:
+    query = tokens(1, 20).to(dtype)
+    for sigma in (2.0, 100.0):
+        made = blur_queries(query, (4, 5), sigma=sigma)
+        assert made.dtype == dtype
+        exact = blur_queries(query.double(), (4, 5), sigma=sigma)
+        torch.testing.assert_close(made, exact.to(dtype), rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), sigma=st.floats(0.5, 100))
+def test_a_blur_keeps_constants_and_stays_between(size: tuple[int, int], sigma: float) -> None:
+    query = tokens(1, size[0] * size[1]).double()
+    made = blur_queries(query, size, sigma=sigma)
+    assert made.shape == query.shape
+    assert (made <= query.amax(dim=1) + 1e-9).all()
+    assert (made >= query.amin(dim=1) - 1e-9).all()
+    ones = torch.ones_like(query)
+    torch.testing.assert_close(blur_queries(ones, size, sigma=sigma), ones)
+
+
+def test_tokens_that_do_not_fill_the_map() -> None:
+    with pytest.raises(MergedTokensError, match="10 tokens do not fill a feature map of 3 x 4"):
+        blur_queries(tokens(1, 10), (3, 4), sigma=1.0)
+
+
+def test_hypernetworks_change_keys_and_values_of_blurred_attention() -> None:
+    x = tokens(1, 12)
+    changed = blurred_attention(Place(layer(), (3, 4), lambda t: (t, t * 0)), x, seg(sigma=2))
+    torch.testing.assert_close(changed, layer().to_out[0].bias.expand_as(changed))
+
+
+def naive_swap(items: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
+    """Pair by pair, from the one least alike on: the second pass, over second items, goes over the first one."""
+    unit = items / np.linalg.norm(items, axis=1, keepdims=True)
+    count = len(items)
+    pairs = sorted((float(unit[i] @ unit[j]), i, j) for i in range(count) for j in range(i + 1, count))
+    chosen = pairs[: int(count * share)]
+    source = list(range(count))
+    for _, i, j in chosen:
+        source[i] = j
+    for _, i, j in chosen:
+        source[j] = i
+    return items[source]
+
+
+@pytest.mark.parametrize("budget", [1, 100, 10**6])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("shape", [(20, 7), (33, 5), (9, 12)])
+def test_swapping_the_least_alike(
+    shape: tuple[int, int], share: float, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is held at a time."""
+    monkeypatch.setattr(ours, "SIMILARITIES_BUDGET", budget)
+    x = tokens(2, *shape).double()
+    made = swap_least_alike(x, share=share)
+    for row in range(2):
+        np.testing.assert_array_equal(made[row].numpy(), naive_swap(x[row].numpy(), share))
+
+
+def test_tokens_first_then_channels() -> None:
+    x = tokens(2, 30).double()
+    made = swapped_tokens(Place(layer(), (5, 6), unchanged_inputs), x, ssg(share=0.2))
+    for row in range(2):
+        expected = naive_swap(naive_swap(x[row].numpy(), 0.2).T, 0.2).T
+        np.testing.assert_array_equal(made[row].numpy(), expected)
+
+
+def test_too_few_to_swap() -> None:
+    x = tokens(1, 9, 9)
+    assert torch.equal(swapped_tokens(Place(layer(), (3, 3), unchanged_inputs), x, ssg(share=0.1)), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_swapped_tokens_keep_their_values(dtype: torch.dtype) -> None:
+    x = tokens(1, 40, 16).to(dtype)
+    made = swapped_tokens(Place(layer(), (5, 8), unchanged_inputs), x, ssg(share=0.2))
+    assert made.dtype == dtype
+    assert set(made.flatten().tolist()) <= set(x.flatten().tolist())
+    assert not torch.equal(made, x)
