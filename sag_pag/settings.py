@@ -24,6 +24,12 @@ Switchable = Literal["sag", "pag"]
 FEATURES: tuple[Switchable, ...] = ("sag", "pag")
 BLOCKS_OF: dict[Switchable, str] = {"sag": "sag_block", "pag": "pag_blocks"}
 """The parameter that names a feature's blocks."""
+DEFAULT_BLOCKS = "middle"
+FIRST_OF_DECODER = "output.0.0-5"
+"""SDXL's first transformer blocks after the middle."""
+UNTYPED_BLOCKS = (DEFAULT_BLOCKS, FIRST_OF_DECODER)
+"""Lists that nobody need have typed, the default's and the built-in presets': on a model that has nothing of one, the
+block nearest to it stands in."""
 LONGEST_LIST = 2000
 """Characters of a list of blocks; every transformer block of SDXL by its own name takes 900."""
 SWITCHES = tuple(f"{feature}_enabled" for feature in FEATURES)

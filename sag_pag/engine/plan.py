@@ -30,7 +30,7 @@ class ChosenBlocks:
     """The blocks that settings choose on one model.
 
     ``sites`` by feature, without those that the model does not have; ``unknown`` are the names and ranges of which it
-    has nothing; ``standing_in`` is the block that stands in for a default that it does not have.
+    has nothing; ``standing_in`` is the block that stands in for a list that nobody need have typed.
     """
 
     sites: Mapping[Switchable, tuple[AttentionSite, ...]]

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sag_pag.settings import UNTYPED_BLOCKS
+
 Part = Literal["input", "middle", "output"]
 
-DEFAULT_BLOCKS = "middle"
-"""What is chosen where nobody has chosen: on a model without it, the block nearest to it stands in."""
 
 _NUMBER = r"\d{1,4}"
 _TRANSFORMERS = rf"(?:\.(?P<k_first>{_NUMBER})(?:\s*-\s*(?P<k_last>{_NUMBER}))?)?"
@@ -135,14 +135,18 @@ class Topology:
         return modules + siblings[: siblings.index(first.transformer_block)]
 
     def stand_in(self, text: str) -> tuple[AttentionSite, ...]:
-        """The sites of the block that stands in for the default ``text``; none where it is another text, or is there.
+        """The sites of the block that stands in for a list that nobody need have typed.
 
-        It is the last input block with self-attention, or the first output block.
+        It is the nearest one: for the decoder's beginning its first block, for the middle the last input block. None
+        where the text is another one, or the model has something of it.
         """
-        if text.strip().lower() != DEFAULT_BLOCKS or any(site.part == "middle" for site in self.sites):
+        item = text.strip().lower()
+        if item not in UNTYPED_BLOCKS or self._select(item, whole=False):
             return ()
-        inputs = [site.block_name for site in self.sites if site.part == "input"]
-        nearest = inputs[-1] if inputs else self.sites[0].block_name
+        names = self.block_names()
+        outputs = [name for name in names if name.startswith("output")]
+        before = [name for name in names if name.startswith("input")]
+        nearest = (outputs + before[::-1] if item.startswith("output") else before[::-1] + outputs)[0]
         return tuple(site for site in self.sites if site.block_name == nearest)
 
     def resolve(self, text: str) -> tuple[AttentionSite, ...]:

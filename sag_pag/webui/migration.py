@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sag_pag.engine.topology import BlockNameError, check_names
-from sag_pag.settings import PARAMETERS, Feature, SettingError, Settings, Value
+from sag_pag.settings import BLURRED, PARAMETERS, WHOLE_MAP, Feature, SettingError, Settings, Value
 
 
 @dataclass(frozen=True)
@@ -145,34 +145,54 @@ def _incantations_pag(reader: _Reader) -> None:
 
 def _perturbed_attention(reader: _Reader) -> None:
     """pamparamm/sd-perturbed-attention, in Forge and reForge: same formula, rescale modes and block lists."""
-    if not reader.is_on("pag_enabled"):
+    if not _perturbed_common(reader, "pag"):
         return
-    blocks = _perturbed_blocks(reader)
-    if blocks is None or not reader.switch_on("pag", reader.number("pag_scale", 3.0), key="pag_scale"):
-        return
-    reader.values["pag_blocks"] = blocks
-    mode = reader.text("pag_rescale_mode") or "full"
-    rescale = reader.number("pag_rescale", 0.0)
-    if reader.take("rescale_mode", mode, key="pag_rescale_mode"):
-        reader.take("rescale", 1.0 if mode == "snf" else rescale, key="pag_rescale")  # its snf is always whole
     adaptive = reader.number("pag_adaptive_scale", 0.0)
     kept = _perturbed_fade(reader, adaptive)
     if reader.is_on("pag_hr_override"):
-        _perturbed_hires(reader, kept, first_pass=(rescale, mode, adaptive))
-    if max(reader.number("pag_sigma_start", -1.0), reader.number("pag_sigma_end", -1.0)) >= 0:
+        _perturbed_hires(reader, "pag", kept, adaptive=adaptive)
+
+
+def _smoothed_energy(reader: _Reader) -> None:
+    """The same extension's SEG: the same blur where it does not reach the map's edge; -1 is the mean."""
+    if not _perturbed_common(reader, "seg"):
+        return
+    reader.values["pag_perturbation"] = BLURRED
+    sigma = reader.number("seg_blur_sigma", -1.0)
+    if 0 <= sigma < WHOLE_MAP:
+        reader.take("pag_query_blur", sigma, key="seg_blur_sigma")
+    if reader.is_on("seg_hr_override"):
+        _perturbed_hires(reader, "seg", 1.0)
+
+
+def _perturbed_common(reader: _Reader, name: str) -> bool:
+    """What the extension's PAG and SEG have in common; whether it is on and could be taken over."""
+    if not reader.is_on(f"{name}_enabled"):
+        return False
+    blocks = _perturbed_blocks(reader, name)
+    scale = f"{name}_scale"
+    if blocks is None or not reader.switch_on("pag", reader.number(scale, 3.0), key=scale):
+        return False
+    reader.values["pag_blocks"] = blocks
+    mode = reader.text(f"{name}_rescale_mode") or "full"
+    rescale = reader.number(f"{name}_rescale", 0.0)
+    if reader.take("rescale_mode", mode, key=f"{name}_rescale_mode"):
+        reader.take("rescale", 1.0 if mode == "snf" else rescale, key=f"{name}_rescale")  # its snf is always whole
+    if max(reader.number(f"{name}_sigma_start", -1.0), reader.number(f"{name}_sigma_end", -1.0)) >= 0:
         reader.notes.append("Its range of sigmas was left out: Start and End go by the timestep here.")
+    return True
 
 
-def _perturbed_blocks(reader: _Reader) -> str | None:
+def _perturbed_blocks(reader: _Reader, name: str) -> str | None:
     """The blocks in our words, ``None`` if they have none. A list goes before the single block."""
-    if text := reader.text("pag_block_list"):
+    if text := reader.text(f"{name}_block_list"):
         try:
             check_names(text)
         except BlockNameError as error:
             reader.notes.append(f"PAG was left off: {error}.")
             return None
         return text
-    part, number = reader.text("pag_block") or "middle", reader.number("pag_block_id", 0.0)
+    part, number = reader.text(f"{name}_block") or "middle", reader.number(f"{name}_block_id", 0.0)
     if part in ("input", "output") and number.is_integer() and 0 <= number < 10_000:
         return f"{part}.{int(number)}"
     if part == "middle" and number == 0:
@@ -203,24 +223,31 @@ def _perturbed_fade(reader: _Reader, adaptive: float) -> float:
     return 1 - loss
 
 
-def _perturbed_hires(reader: _Reader, kept: float, *, first_pass: tuple[float, str, float]) -> None:
-    scale = reader.number("pag_hr_scale", 3.0)
-    if reader.take("hires_pag_scale", scale * kept, key="pag_hr_scale"):
+def _perturbed_hires(reader: _Reader, name: str, kept: float, *, adaptive: float = 0.0) -> None:
+    scale = reader.number(f"{name}_hr_scale", 3.0)
+    if reader.take("hires_pag_scale", scale * kept, key=f"{name}_hr_scale"):
         reader.values["hires_own_scales"] = True
-    other = (
-        reader.number("pag_hr_rescale", 0.0), reader.text("pag_hr_rescale_mode") or "full",
-        reader.number("pag_hr_adaptive_scale", 0.0),
-    )
-    if other != first_pass:
-        reader.notes.append("Rescale and adaptive scale of the hires pass were left out: only its scales differ here.")
-    if reader.text("pag_hr_cfg"):
-        reader.notes.append(f"Its CFG scale of the hires pass ({reader.text('pag_hr_cfg')}) was left out.")
+
+    def tamed(where: str) -> tuple[float, str]:
+        return reader.number(f"{where}_rescale", 0.0), reader.text(f"{where}_rescale_mode") or "full"
+
+    differs = tamed(f"{name}_hr") != tamed(name)
+    if name == "pag":
+        differs |= reader.number("pag_hr_adaptive_scale", 0.0) != adaptive
+    else:
+        differs |= reader.number("seg_hr_blur_sigma", -1.0) != reader.number("seg_blur_sigma", -1.0)
+    if differs:
+        more = "adaptive scale" if name == "pag" else "blur"
+        reader.notes.append(f"Rescale and {more} of the hires pass were left out: only its scales differ here.")
+    if reader.text(f"{name}_hr_cfg"):
+        reader.notes.append(f"Its CFG scale of the hires pass ({reader.text(f'{name}_hr_cfg')}) was left out.")
 
 
 _READERS: tuple[tuple[Feature, str, Callable[[_Reader], None]], ...] = (
     ("sag", "sd_webui_SAG", _sd_webui_sag),
     ("sag", "Forge's SAG", _forge_sag),
     ("pag", "sd-perturbed-attention", _perturbed_attention),
+    ("pag", "sd-perturbed-attention's SEG", _smoothed_energy),
     ("pag", "Forge's PAG", _forge_pag),
     ("pag", "sd-webui-incantations", _incantations_pag),
 )

@@ -161,9 +161,8 @@ class GuidedRun:
             self._check_blocks(feature, model.topology)
             self._checked.add(feature)
         if standing_in := model.chosen.standing_in.get(feature):
-            self.record.note(
-                f"{feature.upper()} at {standing_in}, this model has no self-attention in the middle", self.p
-            )
+            text = getattr(self.settings, BLOCKS_OF[feature])
+            self.record.note(f"{feature.upper()} at {standing_in}, this model has no {text}", self.p)
         if unknown := model.chosen.unknown[feature]:
             self.record.note(
                 f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block", self.p

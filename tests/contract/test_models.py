@@ -87,7 +87,7 @@ def test_a_model_without_the_default_block(host: Host, settings: dict[str, Any])
     p = host.processing_for(settings)
     result = host.processing.process_images(p)
     feature = "PAG" if "pag_scale" in settings or "pag_blocks" in settings else "SAG"
-    assert f"{feature} at input.3, this model has no self-attention in the middle" in result.infotexts[0]
+    assert f"{feature} at input.3, this model has no middle" in result.infotexts[0]
     named = {name: value for name, value in settings.items() if name not in ("pag_blocks", "sag_block")}
     blocks = {f"{name}_{'blocks' if name == 'pag' else 'block'}": "input.3" for name in ("pag", "sag")
               if any(key.startswith(name) for key in settings)}  # fmt: skip

@@ -44,6 +44,17 @@ def notes(line: str) -> str:
     ("pag_enabled: True, pag_scale: 2, pag_hr_override: True, pag_hr_scale: 1.5, pag_hr_rescale: 0, "
      "pag_hr_rescale_mode: full, pag_hr_adaptive_scale: 0",
      Settings(pag_enabled=True, pag_scale=2.0, hires_own_scales=True, hires_pag_scale=1.5)),
+    ("seg_enabled: True, seg_scale: 3, seg_rescale: 0, seg_rescale_mode: full, seg_blur_sigma: -1, seg_block: middle, "
+     "seg_block_id: 0, seg_block_list: , Version: f2",
+     Settings(pag_enabled=True, pag_perturbation="blurred queries")),
+    ('seg_enabled: True, seg_scale: 2, seg_rescale: 0.3, seg_blur_sigma: 9.5, seg_block_list: "m0, u0.0-5"',
+     Settings(pag_enabled=True, pag_scale=2.0, pag_perturbation="blurred queries", pag_query_blur=9.5, rescale=0.3,
+              pag_blocks="m0, u0.0-5")),
+    ("seg_enabled: True, seg_scale: 3, seg_blur_sigma: 9999", Settings(pag_enabled=True,
+                                                                     pag_perturbation="blurred queries")),
+    ("seg_enabled: True, seg_scale: 2, seg_hr_override: True, seg_hr_scale: 1.5",
+     Settings(pag_enabled=True, pag_scale=2.0, pag_perturbation="blurred queries", hires_own_scales=True,
+              hires_pag_scale=1.5)),
     ("pag_enabled: True, pag_scale: 2, pag_hr_override: False", Settings(pag_enabled=True, pag_scale=2.0)),
     ("sag_enabled: True, sag_scale: 0.6, sag_blur_sigma: 1, pag_enabled: True, pag_scale: 2, pag_hr_override: True, "
      "pag_hr_scale: 1",
@@ -81,6 +92,10 @@ def test_what_means_the_same_is_taken_over_without_a_note(line: str, expected: S
     ("pag_enabled: True, pag_scale: 3, pag_sigma_start: 5.42, pag_sigma_end: 0.28", {"pag_start": 0.0}, "sigmas"),
     ("pag_enabled: True, pag_scale: 3, pag_hr_override: True, pag_hr_scale: 2, pag_hr_rescale: 0.5, pag_hr_cfg: 4",
      {"hires_pag_scale": 2.0, "rescale": 0.0}, "hires pass (4)"),
+    ("seg_enabled: True, seg_scale: 3, seg_blur_sigma: 0.25", {"pag_query_blur": 100.0}, "seg_blur_sigma 0.25"),
+    ("seg_enabled: True, seg_scale: 3, seg_hr_override: True, seg_hr_scale: 2, seg_hr_blur_sigma: 4",
+     {"hires_pag_scale": 2.0, "pag_query_blur": 100.0}, "Rescale and blur"),
+    ("pag_enabled: True, pag_scale: 2, seg_enabled: True, seg_scale: 3", {"pag_perturbation": "identity"}, "as well"),
     ("pag_enabled: True, pag_scale: 3, pagi_enabled: True, pagi_scale: 1", {"pag_scale": 3.0}, "was on as well"),
     ("sag_enabled: True, sag_blur_sigma: 1, pagi_enabled: True", {"sag_scale": 0.5, "pag_scale": 3.0}, "both work"),
     ("sag_enabled: True, sag_blur_sigma: 1, pag_enabled: True, pag_rescale: 0.5", {"rescale": 0.5}, "for PAG alone"),
