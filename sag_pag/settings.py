@@ -37,13 +37,32 @@ SWITCHES = tuple(f"{feature}_enabled" for feature in FEATURES)
 
 
 class SettingError(ValueError):
-    """A parameter that can't be used: names the field, what was sent and what is allowed."""
+    """A parameter that can't be used: names the field, what was sent, what is allowed, and what may have been meant.
 
-    def __init__(self, field_name: str, value: object, allowed: str) -> None:
+    As text it is for programs; ``for_people`` says the same on the page.
+    """
+
+    def __init__(self, field_name: str, value: object, allowed: str, *, meant: Sequence[str] = ()) -> None:
         self.field = field_name
         self.value = value
         self.allowed = allowed
-        super().__init__(f"{field_name}: {value!r} can't be used; allowed: {allowed}")
+        self.meant = tuple(meant)
+        super().__init__(f"{field_name}: {self._what_is_wrong(repr(value))}; allowed: {allowed}")
+
+    def _what_is_wrong(self, value: str) -> str:
+        asked = f"; did you mean {' or '.join(self.meant)}?" if self.meant else ""
+        return f"{value} can't be used{asked}"
+
+    @property
+    def for_people(self) -> str:
+        """The same with the control's label, as the page shows it."""
+        parameter = PARAMETERS.get(self.field)
+        if parameter is None:
+            return str(self)
+        if parameter.kind == "blocks" and isinstance(self.value, str) and not self.value.strip(", "):
+            return f"{parameter.label}: choose a block."
+        wrong = self._what_is_wrong("an empty field" if self.value is None else f'"{self.value}"')
+        return f"{parameter.label}: {wrong}{'' if self.meant else ';'} possible: {self.allowed}."
 
 
 @dataclass(frozen=True)

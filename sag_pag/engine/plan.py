@@ -73,7 +73,7 @@ def check_blocks_of(feature: Switchable, settings: Settings, topology: Topology 
         else:
             sites = topology.resolve(text)
     except BlockNameError as error:
-        raise SettingError(name, error.unknown, error.allowed) from error
+        raise SettingError(name, error.unknown, error.allowed, meant=error.meant) from error
     if name == "sag_block" and ("," in text or len({site.block_name for site in sites}) > 1):
         raise SettingError(name, text, f"one block{f' of {topology.describe()}' if topology else ''}")
 

@@ -7,6 +7,7 @@ in it. Names that diffusers (``mid``, ``down.block_2``, ``up_blocks.1.attentions
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -42,11 +43,15 @@ _PARTS: dict[str, Part] = {
 
 
 class BlockNameError(ValueError):
-    """A block name that the U-Net does not have. ``unknown`` is the name, ``allowed`` lists the valid ones."""
+    """A block name that the U-Net does not have.
 
-    def __init__(self, unknown: str, allowed: str) -> None:
+    ``unknown`` is the name, ``allowed`` lists the valid ones, ``meant`` are those that may have been meant.
+    """
+
+    def __init__(self, unknown: str, allowed: str, *, meant: Sequence[str] = ()) -> None:
         self.unknown = unknown
         self.allowed = allowed
+        self.meant = tuple(meant)
         super().__init__(f"no self-attention block {unknown!r}; allowed: {allowed}")
 
 
@@ -177,7 +182,7 @@ class Topology:
     def _resolve_item(self, item: str) -> list[AttentionSite]:
         found = self._select(item, whole=True)
         if not found:
-            raise BlockNameError(item, self.describe())
+            raise BlockNameError(item, self.describe(), meant=similar_names(item, self.block_names()))
         return found
 
     def _select(self, item: str, *, whole: bool) -> list[AttentionSite]:
@@ -226,6 +231,14 @@ class Topology:
             return []
         sites = [site for site in self.sites if site.part == part]
         return [site for site, number in zip(sites, numbers, strict=True) if first <= number <= last]
+
+
+def similar_names(item: str, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that ``item`` may have meant: the same but for its signs, a number alone, or alike."""
+    letters = re.sub(r"[\W_]", "", item.lower())
+    same = [name for name in names if name.replace(".", "") == letters]
+    numbered = [name for name in names if letters.isdecimal() and name.endswith(f".{int(letters[:9])}")]
+    return same or numbered or difflib.get_close_matches(item.lower(), names, n=2)
 
 
 def check_names(text: str) -> None:

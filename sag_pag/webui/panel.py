@@ -214,7 +214,7 @@ def _state(name: str, text: str, model: Topology | str) -> str:
     try:
         check_blocks(Settings.from_dict({f"{feature}_enabled": True, name: text}), topology)
     except SettingError as error:
-        return f'<span class="sag-pag-error" role="alert" data-text="{escape(text)}">{escape(str(error))}</span>'
+        return f'<span class="sag-pag-error" role="alert" data-text="{escape(text)}">{escape(error.for_people)}</span>'
     chosen = selection(topology.resolve(text)) if topology else ""
     return f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
 
@@ -230,7 +230,7 @@ def _cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], model: Topo
         line = _line(f'<span class="sag-pag-error">{texts.NOT_USABLE}</span>')
         if PARAMETERS[error.field].kind == "blocks":
             return line  # shown under the text field
-        return f'{line}<p class="sag-pag-error" role="alert">{escape(str(error))}</p>'
+        return f'{line}<p class="sag-pag-error" role="alert">{escape(error.for_people)}</p>'
     passes = _passes(topology, around) if topology is not None and settings.enabled else []
     cost = picture_cost(settings, passes, rows=1 if around.get("cfg_scale") == 1 else 2) if passes else None
     return _cost_line(settings, cost)

@@ -146,7 +146,8 @@ class PresetControls:
         try:
             now, done = self._change(what, about, name, values)
         except (PresetError, SettingError) as error:
-            return gr.update(choices=self._names()), gr.update(), self._status(error=error), gr.update()
+            said = error.for_people if isinstance(error, SettingError) else error
+            return gr.update(choices=self._names()), gr.update(), self._status(error=said), gr.update()
         status = self._status(done, name=now or about)
         return gr.update(choices=self._names(), value=now), gr.update(visible=False), status, self.compare(now, values)
 

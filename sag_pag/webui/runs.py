@@ -25,13 +25,18 @@ from sag_pag.webui.record import Record
 
 
 class RefusedError(ValueError):
-    """A generation refused for a setting; the API answers with this status code and detail."""
+    """A generation refused for a setting: as text for the page, and for the API a status code, detail and body."""
 
     def __init__(self, error: SettingError) -> None:
-        super().__init__(str(error))
+        super().__init__(error.for_people)
         self.status_code = 422
         self.detail = str(error)
-        self.body = {"field": error.field, "value": repr(error.value), "allowed": error.allowed}
+        self.body = {
+            "field": error.field, "value": repr(error.value), "allowed": error.allowed, "meant": list(error.meant),
+        }
+
+
+RefusedError.__name__ = "Guidance"  # the WebUI puts the name before the text on the page
 
 
 class _Model:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sag_pag.demo.unet import BasicTransformerBlock, UNetKwargs, UNetModel, sd2_config, sd15_config, sdxl_config
-from sag_pag.engine.topology import BlockNameError, Topology, check_names
+from sag_pag.engine.topology import BlockNameError, Topology, check_names, similar_names
 
 REFINER = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=384, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
@@ -224,3 +224,14 @@ def test_blocks_without_self_attention_do_not_count() -> None:
 def test_no_unet(module: nn.Module) -> None:
     with pytest.raises(TypeError, match=type(module).__name__):
         Topology(module)
+
+
+@pytest.mark.parametrize(("text", "meant"), [
+    ("middel", ["middle"]), ("input4", ["input.4"]), ("input 4", ["input.4"]), ("INPUT_4", ["input.4"]),
+    ("4", ["input.4", "output.4"]), ("11", ["output.11"]), ("outptu.3", ["output.3"]), ("cat", []),
+    ("999999999999", []), ("", []),
+])
+def test_what_may_have_been_meant(text: str, meant: list[str]) -> None:
+    names = ["input.1", "input.2", "input.4", "input.5", "middle", *(f"output.{number}" for number in range(3, 12))]
+    assert similar_names(text, names)[: len(meant)] == meant
+    assert bool(similar_names(text, names)) is bool(meant)
