@@ -28,8 +28,7 @@ from sag_pag.demo import data
 from sag_pag.demo.autoencoder import FACTOR
 from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
 from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
-from sag_pag.demo.model import DemoModel
-from sag_pag.demo.points import OWN_DEFAULTS
+from sag_pag.demo.model import OWN_DEFAULTS, DemoModel
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import PARAMETERS, Settings
