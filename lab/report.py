@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sag_pag.demo.evaluate import Evaluation, Floor, Result
-from sag_pag.demo.metrics import Change, Estimate
-from sag_pag.demo.points import Point, axis_title
-from sag_pag.pages import write_part
+from lab.evaluate import Evaluation, Floor, Result
+from lab.metrics import Change, Estimate
+from lab.pages import write_part
+from lab.points import Point, axis_title
 
 COLUMNS = (
     "sweep", "mode", "label", "cfg", "steps", "samples",

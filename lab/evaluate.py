@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sag_pag.demo import data, metrics
+from lab import data, metrics
+from lab.classifier import Classifier, agreement
+from lab.files import written_whole
+from lab.metrics import Change, Estimate, Moments
+from lab.points import Point
 from sag_pag.demo.captions import SHAPE_SLOTS, SIZE_SLOTS, describe
-from sag_pag.demo.classifier import Classifier, agreement
-from sag_pag.demo.files import written_whole
 from sag_pag.demo.layers import fused_attention
-from sag_pag.demo.metrics import Change, Estimate, Moments
 from sag_pag.demo.model import DemoModel
-from sag_pag.demo.points import Point
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import count_gigaflops, sample
 
