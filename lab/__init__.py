@@ -1,1 +1,1 @@
-"""The workshop beside the extension: training, evaluation and benchmark of the demo model. Nothing ships with it."""
+"""Beside the extension, which needs none of it: training, evaluation and benchmark of the demo model."""

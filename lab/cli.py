@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lab import card, classifier, evaluate, points, readme, report, train
+from lab import card, classifier, evaluate, points, readme, report, results, train
 from lab.benchmark import timing
 from lab.benchmark.steps import CONFIGS
 from lab.degraded import draw_degraded
-from lab.pages import around
 from sag_pag.demo.arguments import (
     Parser,
     add_steps,
@@ -31,6 +30,7 @@ from sag_pag.demo.arguments import (
 from sag_pag.demo.model import load
 
 PROGRAM = "python -m lab"
+KEPT = Path(__file__).parents[1] / "docs" / "demo-evaluation"
 
 
 def _device(text: str) -> str:
@@ -40,6 +40,15 @@ def _device(text: str) -> str:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"there is no {text!r} on this machine")
     return text
+
+
+def _add_no_plots(parser: Parser) -> None:
+    parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+
+
+def _check_plots(parser: Parser, options: argparse.Namespace) -> None:
+    if not options.no_plots and not report.can_plot():
+        parser.error("the plots need matplotlib: install it, or say --no-plots")
 
 
 def run_train(arguments: Sequence[str]) -> None:
@@ -88,7 +97,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         "The default set takes about half an hour of one core; on two cores run it twice at once with --threads 1, as"
         " --part 1/2 and --part 2/2, which takes half of that, and then once more without --part for the results."
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help="features, CSV, table and plots")
+    out = "samples, CSV, tables and plots (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("demo-evaluation"), help=out)
     measured = parser.add_mutually_exclusive_group()
     measured.add_argument(
         "--sweep", action="append", choices=(points.DEFAULT, *points.SWEEPS),
@@ -100,9 +110,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--first-group", type=whole(0, 1000), default=0, help="others are other seeds (default: 0)")
     parser.add_argument("--group-size", type=whole(2, 1000), default=50, help="samples a group (default: 50)")
     add_steps(parser)
-    parser.add_argument("--no-plots", action="store_true", help="without matplotlib")
+    _add_no_plots(parser)
     parser.add_argument("--float32", action="store_true", help="compute in float32 instead of bfloat16: twice the time")
-    parser.add_argument("--docs", type=Path, help="a page with marks to write the tables between, as the project's has")
     parser.add_argument("--part", default="1/1", help="2/4: make the second quarter of the samples only, no results")
     add_weights(parser)
     parser.add_argument(
@@ -112,17 +121,13 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     part, _, parts = options.part.partition("/")
     if not part.isdecimal() or not parts.isdecimal() or not 1 <= int(part) <= int(parts):
         parser.error(f"{options.part!r} is no part; write it like 2/4")
-    if parts != "1" and options.docs:
-        parser.error("a part has no results: say --docs without --part, when all parts are done")
     names = points.ON_FIRST_SEEDS if options.all else options.sweep or (points.DEFAULT,)
     try:
         size = evaluate.Size(groups=options.groups, group=options.group_size, first=options.first_group)
-        for name in names if options.docs else ():
-            around(options.docs, *report.marks(name))
     except ValueError as error:
         parser.error(str(error))
-    if parts == "1" and not options.no_plots and not report.can_plot():
-        parser.error("the plots need matplotlib: install it, or say --no-plots")
+    if parts == "1":
+        _check_plots(parser, options)
     judge = evaluate.Evaluation(
         loaded(parser, options.weights, load), loaded(parser, options.classifier, classifier.load_classifier),
         out=options.out / "samples", size=size, bf16=not options.float32,
@@ -136,7 +141,27 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         wanted = {points.DEFAULT: points.default_points(options.steps), **wanted}
     judge.make_all([point for sweep in wanted.values() for point in sweep], part=int(part), parts=int(parts))
     if int(parts) == 1:
-        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots, docs=options.docs):
+        for path in report.write_all(judge, wanted, out=options.out, plots=not options.no_plots):
+            say(str(path.resolve()))
+
+
+def run_tables(arguments: Sequence[str]) -> None:
+    """Make tables and plots of measurements that were kept as CSV files."""
+    parser = Parser(prog=f"{PROGRAM} tables", description=run_tables.__doc__)
+    parser.add_argument("--data", type=Path, default=KEPT, help="the CSV files' folder (default: the project's own)")
+    parser.add_argument("--out", type=Path, default=Path("demo-tables"), help="(default: %(default)s)")
+    _add_no_plots(parser)
+    options = parser.parse_args(arguments)
+    _check_plots(parser, options)
+    try:
+        sweeps = [results.read_csv(path) for path in sorted(options.data.glob("*.csv"))]
+    except ValueError as error:
+        parser.error(str(error))
+    if not sweeps:
+        parser.error(f"there are no CSV files in {options.data}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for sweep in sweeps:
+        for path in report.write_tables(sweep, out=options.out, plots=not options.no_plots):
             say(str(path.resolve()))
 
 
@@ -168,19 +193,19 @@ def run_benchmark(arguments: Sequence[str]) -> None:
     about = timing.describe(options.device) | {
         "dtype": options.dtype, "size": options.size, "batch": options.batch, "steps": options.steps
     }
-    results = {}
+    measured = {}
     for layout in options.layout:
         rows = timing.measure(
             layout, small=options.size == "small", device=options.device, dtype=getattr(torch, options.dtype),
             rounds=options.steps, batch=options.batch,
         )  # fmt: skip
-        results[layout] = [asdict(row) for row in rows]
+        measured[layout] = [asdict(row) for row in rows]
         heading = ", ".join(f"{key} {value}" for key, value in about.items())
         say(f"{layout}: {heading}\n\n{timing.table(rows)}\n")
         if options.device == "cuda":
             torch.cuda.empty_cache()
     if options.json:
-        options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps({**about, "results": measured}, indent=2) + "\n", encoding="utf-8")
 
 
 def run_card(arguments: Sequence[str]) -> None:
@@ -201,6 +226,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": run_train,
     "train-classifier": run_train_classifier,
     "evaluate": run_evaluate,
+    "tables": run_tables,
     "degraded": run_degraded,
     "benchmark": run_benchmark,
     "card": run_card,

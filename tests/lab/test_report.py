@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from lab import report
+from lab import cli, report
 from lab.evaluate import Evaluation
-from lab.points import Point
+from lab.points import MODES, Point
+from lab.results import Result, read_csv
+
+KEPT = sorted(cli.KEPT.glob("*.csv"))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tests here need the same ones."""
+    return tmp_path_factory.mktemp("samples")
 
 
 def test_results_are_written(judge: Evaluation, wanted: list[Point], tmp_path: Path) -> None:
@@ -18,7 +27,7 @@ def test_results_are_written(judge: Evaluation, wanted: list[Point], tmp_path: P
     written = report.write_all(judge, {"default": wanted}, out=tmp_path, plots=report.can_plot())
     assert all(path.is_file() for path in written)
     with (tmp_path / "default.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["mode"] in MODES]
     assert [row["label"] for row in rows] == ["none", "SAG", "PAG 0.5", "SAG+PAG 0.5", "PAG 3"] * 2
     assert [row["change"] == "" for row in rows] == [True, False, False, False, False] * 2
     assert all(
@@ -28,6 +37,7 @@ def test_results_are_written(judge: Evaluation, wanted: list[Point], tmp_path: P
     assert float(rows[1]["gflop_per_picture"]) > 1.9 * float(rows[0]["gflop_per_picture"])
     table = (tmp_path / "default.md").read_text()
     assert table.count("\n| ") == 1 + 10 + 2 + 2
+    assert "8 samples a line, in 2 groups of seeds, 0 to 1" in table
     assert "from 200 drawn pictures, precision and recall are against 8 of them. 8 other drawn pictures" in table
     together = [line for line in table.splitlines() if line.startswith("| unconditional | SAG+PAG 0.5 |")][1]
     both, pag = float(rows[3]["frechet"]), float(rows[2]["frechet"])
@@ -84,19 +94,51 @@ def test_ratios_are_named_beside_a_single_panel_too(
     assert panel.get_ylabel() == ""
 
 
-def test_docs_get_the_tables_between_their_marks(judge: Evaluation, wanted: list[Point], tmp_path: Path) -> None:
+def numbers(result: Result) -> list[float]:
+    estimates = (result.frechet, result.precision, result.recall, result.agreement)
+    seen = (result.sizes_off, result.shapes_off, result.two_objects)
+    changes = [result.change, *result.against.values()]
+    values = [number for estimate in (*estimates, *seen) for number in (estimate.value, estimate.margin)]
+    return [*values, *(number for change in changes if change for number in (change.value, change.low, change.high))]
+
+
+def test_a_csv_holds_all_that_was_measured(judge: Evaluation, wanted: list[Point], tmp_path: Path) -> None:
     judge.make_all(wanted)
-    page = tmp_path / "page.md"
-    begin, end = report.marks("default")
-    page.write_text(f"before\n{begin}\nold\n{end}\nbetween\n{begin.replace('default', 'range')}\nkept\n")
+    report.write_all(judge, {"default": wanted}, out=tmp_path, plots=False)
+    kept = read_csv(tmp_path / "default.csv")
+    for result, point in zip(kept.results, wanted, strict=True):
+        measured = judge.result(point)
+        assert (result.point, result.setup) == (point, measured.setup)
+        assert list(result.against) == list(measured.against)
+        assert numbers(result) == pytest.approx(numbers(measured), abs=1e-6, nan_ok=True)
+        assert result.gigaflops == pytest.approx(measured.gigaflops, abs=1e-4)
+    assert kept.results[3].against
+    floor = judge.floor()
+    for name in ("frechet", "decoded", "precision", "recall", "sizes_off", "shapes_off", "two_objects"):
+        assert getattr(kept.floor, name).value == pytest.approx(getattr(floor, name).value, abs=1e-6)
+
+
+def test_tables_and_plots_of_the_kept_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plots = report.can_plot()
-    for _ in range(2):
-        report.write_all(judge, {"default": wanted}, out=tmp_path, plots=plots, docs=page)
-    text = page.read_text()
-    assert text.startswith(f"before\n{begin}\n")
-    assert text.endswith(f"{end}\nbetween\n{begin.replace('default', 'range')}\nkept\n")
-    assert "old" not in text
-    assert text.count("| unconditional | PAG 0.5 |") == 1
-    assert "8 samples a line, in 2 groups of seeds, 0 to 1" in text
-    assert ("](page/default.png)" in text) == plots == (tmp_path / "page" / "default.png").is_file()
-    assert (tmp_path / "page" / "default.csv").read_bytes() == (tmp_path / "default.csv").read_bytes()
+    cli.main(["tables", "--out", str(tmp_path), *([] if plots else ["--no-plots"])])
+    endings = (".md", ".png") if plots else (".md",)
+    written = [tmp_path / f"{path.stem}{ending}" for path in KEPT for ending in endings]
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in written]
+    assert all(path.stat().st_size > 1000 for path in written)
+    table = (tmp_path / "chosen.md").read_text(encoding="utf-8")
+    assert "| unconditional | SAG | 155.82 ± 20.33 | -22 % (-28 to -16) | 69.0 ± 2.4 % |" in table
+    assert "| captioned | SAG+PAG 0.5 | -3 % (-36 to +46) | +29 % (+16 to +43) |" in table
+    assert "2000 samples a line, in 40 groups of seeds, 10 to 49" in table
+    assert "distance of 9.04 ± 3.1, and of 16 ± 6 after the autoencoder" in table
+
+
+@pytest.mark.parametrize("change", [("label", "labels"), ("chosen,unconditional,SAG,", "chosen,unconditional,SAD,")])
+def test_files_of_something_else_are_refused(
+    change: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (cli.KEPT / "chosen.csv").read_text(encoding="utf-8")
+    (tmp_path / "other.csv").write_text(text.replace(*change, 1), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["tables", "--data", str(tmp_path), "--no-plots"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'other.csv'} holds no results of this version's sweeps" in line
