@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lab.evaluate import Evaluation
 from lab.points import MODES, Point
 from lab.results import Result, read_csv
 
+REPOSITORY = Path(__file__).parents[2]
 KEPT = sorted(cli.KEPT.glob("*.csv"))
 
 
@@ -142,3 +144,15 @@ def test_files_of_something_else_are_refused(
         cli.main(["tables", "--data", str(tmp_path), "--no-plots"])
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'other.csv'} holds no results of this version's sweeps" in line
+
+
+def test_intervals_on_the_pages_are_the_kept_ones() -> None:
+    kept = [result for path in KEPT for result in read_csv(path).results]
+    changes = [change for result in kept for change in (result.change, *result.against.values()) if change]
+    pages = (REPOSITORY / "README.md", REPOSITORY / "docs" / "demo-evaluation.md")
+    text = " ".join(word for page in pages for word in page.read_text(encoding="utf-8").split())
+    shown = re.findall(r"([+-]\d+) % \(([+-]\d+) to ([+-]\d+)\)", text)
+    assert len(shown) > 20
+    for texts in shown:
+        rounded = pytest.approx([int(number) / 100 for number in texts], abs=0.00505)
+        assert any([change.value, change.low, change.high] == rounded for change in changes), texts
