@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sag_pag.benchmark.steps import METHODS, TOKENS, Method, step_config, step_flops
+from lab.benchmark.steps import METHODS, TOKENS, Method, step_config, step_flops
 from sag_pag.demo.unet import CrossAttention, UNetModel, redraw_
 from sag_pag.engine import attention as attention_module
 from sag_pag.engine.attention import AttentionPatch, MapCapture, attention_received, unchanged_inputs

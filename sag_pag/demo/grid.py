@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +94,8 @@ def to_image(picture: Tensor, zoom: int) -> Image.Image:
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """Pillow's own font, in pixels."""
     try:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size only
@@ -112,7 +113,7 @@ def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[i
     """The labelled grid: a column for each seed, a band of four rows without CFG and one with it."""
     height, width = (side * zoom for side in rows[0].pictures.shape[-2:])
     gap, left, band = 6, 150, 30
-    small, large = _font(12), _font(17)
+    small, large = font(12), font(17)
     image = Image.new("RGB", (left + len(seeds) * (width + gap), 60 + len(rows) * (height + gap + band)), "white")
     pen = ImageDraw.Draw(image)
     columns = [left + index * (width + gap) for index in range(len(seeds))]
@@ -150,20 +151,6 @@ def _wrapped(text: str, *, pen: ImageDraw.ImageDraw, font: Any, width: int) -> l
         else:
             lines[-1] = longer
     return lines
-
-
-def labelled_rows(rows: Mapping[str, Tensor], *, zoom: int = 2) -> Image.Image:
-    """Rows of pictures ``(B, 3, H, W)``, each with its name at the left."""
-    count, _, height, width = next(iter(rows.values())).shape
-    gap, left = 6, 150
-    down, right = height * zoom + gap, width * zoom + gap
-    image = Image.new("RGB", (left + count * right, len(rows) * down), "white")
-    pen, font = ImageDraw.Draw(image), _font(15)
-    for row, (label, pictures) in enumerate(rows.items()):
-        pen.text((2 * gap, row * down + height * zoom // 2 - 10), label, fill="black", font=font)
-        for column, picture in enumerate(pictures):
-            image.paste(to_image(picture, zoom), (left + column * right, row * down))
-    return image
 
 
 def relative_costs(rows: Sequence[Row]) -> list[tuple[float, float]]:

@@ -21,6 +21,10 @@ from sag_pag.demo.unet import UNetKwargs, UNetModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
+PAG_SCALE = 0.5
+OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
+"""What suits this model better than the extension's defaults (docs/demo-evaluation.md)."""
+
 
 def unet_config() -> UNetKwargs:
     """The U-Net's arguments: 64 channels at 16x16, one million parameters.

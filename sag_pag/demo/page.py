@@ -24,12 +24,10 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from PIL import Image
 
-from sag_pag.demo import data
-from sag_pag.demo.autoencoder import FACTOR
+from sag_pag.demo.autoencoder import FACTOR, SIZE
 from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
 from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
-from sag_pag.demo.model import DemoModel
-from sag_pag.demo.points import OWN_DEFAULTS
+from sag_pag.demo.model import OWN_DEFAULTS, DemoModel
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
 from sag_pag.engine.topology import Topology
 from sag_pag.settings import PARAMETERS, Settings
@@ -79,7 +77,7 @@ def build_page(model: DemoModel) -> gr.Blocks:
                     cfg = gr.Slider(1, 15, value=3, step=0.5, label="CFG scale", info="1 is off", elem_id="demo_cfg")
                 generate = gr.Button("Generate", variant="primary", elem_id="demo_generate")
                 panel = Panel(elem_id, switch=None, model=lambda: Topology(model.unet))
-                side = gr.Number(8 * data.SIZE // FACTOR, visible=False)  # the panel reckons 8 pixels a latent pixel
+                side = gr.Number(8 * SIZE // FACTOR, visible=False)  # the panel reckons 8 pixels a latent pixel
                 _suit(panel)
                 panel.connect(Surroundings(width=side, height=side, steps=steps, cfg_scale=cfg))
             with gr.Column():

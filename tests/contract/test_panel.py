@@ -10,7 +10,7 @@ import torch
 from double import Host
 from PIL import Image
 
-from sag_pag.benchmark.steps import step_config
+from lab.benchmark.steps import step_config
 from sag_pag.demo.unet import UNetModel
 from sag_pag.engine.topology import Topology
 

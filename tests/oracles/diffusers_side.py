@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sag_pag.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
+from lab.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_, timestep_embedding
 from sag_pag.engine.plan import StepPlan
 from sag_pag.engine.rows import StepRows

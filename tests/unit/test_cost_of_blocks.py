@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sag_pag.benchmark.steps import Method, step_config, step_flops
+from lab.benchmark.steps import Method, step_config, step_flops
 from sag_pag.demo.unet import UNetModel
 from sag_pag.engine.cost import Pass, UNetCost, picture_cost
 from sag_pag.engine.plan import plan_at

@@ -1,4 +1,4 @@
-"""What guidance leads away from: ``python -m sag_pag.demo.degraded`` draws it for the docs.
+"""What guidance leads away from, as a picture.
 
 A drawn picture gets noise and the model predicts the picture: as it is, with PAG's identity attention in one block or
 another, and from SAG's blurred input.
@@ -6,23 +6,20 @@ another, and from SAG's blurred input.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sag_pag.demo import data
-from sag_pag.demo.grid import labelled_rows
+from lab import data
+from lab.points import INPUT_BLOCK
+from sag_pag.demo.grid import font, to_image
 from sag_pag.demo.layers import fused_attention
-from sag_pag.demo.model import DemoModel, load
-from sag_pag.demo.points import INPUT_BLOCK
+from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import GuidedDenoiser, Recipe, noise_levels
 from sag_pag.settings import Settings
 
-PICTURE = Path(__file__).parents[2] / "docs" / "demo-evaluation" / "degraded.png"
 SEED = 6 * 10**6
 
 
@@ -59,17 +56,20 @@ def degraded(model: DemoModel, *, sigma: float, count: int) -> dict[str, Tensor]
     return {"drawn": drawn} | {name: model.first_stage_model.decode(value) for name, value in latents.items()}
 
 
+def labelled_rows(rows: Mapping[str, Tensor], *, zoom: int = 2) -> Image.Image:
+    """Rows of pictures ``(B, 3, H, W)``, each with its name at the left."""
+    count, _, height, width = next(iter(rows.values())).shape
+    gap, left = 6, 150
+    down, right = height * zoom + gap, width * zoom + gap
+    image = Image.new("RGB", (left + count * right, len(rows) * down), "white")
+    pen, letters = ImageDraw.Draw(image), font(15)
+    for row, (label, pictures) in enumerate(rows.items()):
+        pen.text((2 * gap, row * down + height * zoom // 2 - 10), label, fill="black", font=letters)
+        for column, picture in enumerate(pictures):
+            image.paste(to_image(picture, zoom), (left + column * right, row * down))
+    return image
+
+
 def draw_degraded(model: DemoModel, *, begin: float = 0.25, count: int = 8) -> Image.Image:
     """The picture: a row of each kind."""
     return labelled_rows(degraded(model, sigma=noise_levels(20, begin)[0], count=count))
-
-
-def main() -> None:
-    """Draws the docs' picture anew."""
-    argparse.ArgumentParser(prog="python -m sag_pag.demo.degraded", description=main.__doc__).parse_args()
-    draw_degraded(load()).save(PICTURE)
-    sys.stdout.write(f"{PICTURE}\n")
-
-
-if __name__ == "__main__":
-    main()

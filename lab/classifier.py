@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sag_pag.demo import data
+from lab import data
+from sag_pag.demo.autoencoder import SIZE
 from sag_pag.demo.captions import SLOTS, WORD_IDS
 from sag_pag.demo.progress import Progress
 
@@ -53,7 +54,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(_Block(3, 24), _Block(24, 48), _Block(48, 96), _Block(96, 96))
-        self.features = nn.Linear(96 * (data.SIZE // 16) ** 2, FEATURES)
+        self.features = nn.Linear(96 * (SIZE // 16) ** 2, FEATURES)
         self.heads = nn.Linear(FEATURES, sum(ANSWERS))
 
     def embed(self, pictures: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ import json
 import re
 from pathlib import Path
 
-from sag_pag.readme import parameter_table
+from lab.readme import parameter_table
 from sag_pag.settings import Settings
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_up_to_date() -> None:
-    """``python -m sag_pag.readme`` writes it anew."""
+    """``python -m lab readme`` writes it anew."""
     assert parameter_table() in README
 
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sag_pag.demo.autoencoder import SIZE
 from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, SLOTS, VOCABULARY
-
-SIZE = 64
-"""Height and width of a picture in pixels."""
 
 PALETTE = torch.tensor(
     [

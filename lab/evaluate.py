@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sag_pag.demo import data, metrics
+from lab import data, metrics
+from lab.classifier import Classifier, agreement
+from lab.files import written_whole
+from lab.metrics import Change, Estimate, Moments
+from lab.points import FEATURES, Feature, Point
+from lab.results import Floor, Result, Setup
 from sag_pag.demo.captions import SHAPE_SLOTS, SIZE_SLOTS, describe
-from sag_pag.demo.classifier import Classifier, agreement
-from sag_pag.demo.files import written_whole
 from sag_pag.demo.layers import fused_attention
-from sag_pag.demo.metrics import Change, Estimate, Moments
 from sag_pag.demo.model import DemoModel
-from sag_pag.demo.points import Point
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import count_gigaflops, sample
 
@@ -66,44 +67,6 @@ class Size:
     def numbers(self) -> range:
         """The groups' numbers."""
         return range(self.first, self.first + self.groups)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds.
-
-    ``sizes_off`` and ``shapes_off`` say how far the sizes and shapes that the classifier sees (of the left object) are
-    from being as frequent as among drawn pictures: the share that would have to be others. ``two_objects`` is the share
-    of pictures in which it sees two objects.
-    """
-
-    point: Point
-    samples: int
-    frechet: Estimate
-    change: Change | None
-    precision: Estimate
-    recall: Estimate
-    agreement: Estimate
-    sizes_off: Estimate
-    shapes_off: Estimate
-    two_objects: Estimate
-    gigaflops: float
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What as many drawn pictures as a point has samples get, and their distance after encoding and decoding.
-
-    The latter is what a perfect U-Net would get, whose latents this autoencoder decodes.
-    """
-
-    frechet: Estimate
-    decoded: Estimate
-    precision: Estimate
-    recall: Estimate
-    sizes_off: Estimate
-    shapes_off: Estimate
-    two_objects: Estimate
 
 
 def fingerprint(*models: nn.Module) -> str:
@@ -162,6 +125,14 @@ class Evaluation:
         """As many drawn pictures' features as there are samples: what precision and recall are measured on."""
         return self.drawn[: self.size.total]
 
+    @property
+    def setup(self) -> Setup:
+        """How everything here is measured."""
+        return Setup(
+            samples=self.size.total, groups=self.size.groups, first_group=self.size.first, drawn=len(self.drawn),
+            computed_in="bfloat16" if self.bf16 else "float32",
+        )  # fmt: skip
+
     def key(self, point: Point) -> str:
         return point.key(judged=self.judged, group_size=self.size.group, bf16=self.bf16)
 
@@ -219,6 +190,14 @@ class Evaluation:
         """The Fréchet distance relative to another point's, both made."""
         return metrics.relative_change(self.reference, self.moments(since), self.moments(point))
 
+    def against(self, point: Point) -> dict[Feature, Change]:
+        """Of a point with both methods the Fréchet distance relative to each alone, where that has been made."""
+        settings = point.recipe.settings
+        if not (settings.sag_enabled and settings.pag_enabled):
+            return {}
+        alone = {feature: point.alone(feature) for feature in FEATURES}
+        return {feature: self.change(point, since=other) for feature, other in alone.items() if self.made(other)}
+
     def result(self, point: Point) -> Result:
         """The numbers of one point, all of whose groups (and its baseline's) have been made."""
         loaded = [load_file(self.path(point, group)) for group in self.size.numbers]
@@ -230,7 +209,7 @@ class Evaluation:
             self.costs[key] = count_gigaflops(self.model, caption, recipe=point.recipe)
         return Result(
             point=point,
-            samples=self.size.total,
+            setup=self.setup,
             frechet=metrics.frechet_estimate(self.reference, [Moments.of(part["features"]) for part in loaded]),
             change=self.change(point, since=point.baseline) if compared else None,
             precision=precision,
@@ -240,6 +219,7 @@ class Evaluation:
             else Estimate(math.nan, math.nan),
             **self.seen([part["features"] for part in loaded]),
             gigaflops=self.costs[key],
+            against=self.against(point),
         )
 
     def _frequencies(self, features: Tensor, slot: int) -> Tensor:

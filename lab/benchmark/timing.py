@@ -8,23 +8,18 @@ any.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sag_pag.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
-from sag_pag.benchmark.steps import (
+from lab.benchmark.peer import Kind, diffusers_pipeline, diffusers_unet
+from lab.benchmark.steps import (
     CFG_SCALE,
-    CONFIGS,
     METHODS,
     Method,
     Step,
@@ -164,37 +159,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m sag_pag.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--layout", choices=CONFIGS, nargs="+", default=["sd1"], help="which U-Nets; sd1 if not given")
-    parser.add_argument("--size", choices=("small", "full"), default="small", help="full: as the model is used")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=10, help="how often each method is timed")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    options = parser.parse_args(arguments)
-    on_cuda = options.device == "cuda"
-    about = {
-        "torch": torch.__version__, "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
-        "threads": torch.get_num_threads(), "dtype": options.dtype, "size": options.size, "batch": options.batch,
-        "steps": options.steps,
-    }
-    results = {}
-    for layout in options.layout:
-        rows = measure(
-            layout, small=options.size == "small", device=options.device, dtype=getattr(torch, options.dtype),
-            rounds=options.steps, batch=options.batch,
-        )
-        results[layout] = [asdict(row) for row in rows]
-        heading = ", ".join(f"{key} {value}" for key, value in about.items())
-        sys.stdout.write(f"{layout}: {heading}\n\n{table(rows)}\n\n")
-        if on_cuda:
-            torch.cuda.empty_cache()
-    if options.json:
-        options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def describe(device: str) -> dict[str, object]:
+    """What the times depend on beside the benchmark's own options."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}

@@ -1,12 +1,13 @@
-"""The README's table of parameters: ``python -m sag_pag.readme`` writes it anew."""
+"""The README's table of parameters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sag_pag.pages import write_part
+from lab.pages import write_part
 from sag_pag.settings import PARAMETERS
 
+README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- parameters -->", "<!-- end of parameters -->"
 
 
@@ -22,10 +23,6 @@ def parameter_table() -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
+def write_table() -> None:
     """Replaces the table between the two marks in README.md."""
-    write_part(Path(__file__).parents[1] / "README.md", BEGIN, END, parameter_table())
-
-
-if __name__ == "__main__":
-    main()
+    write_part(README, BEGIN, END, parameter_table())

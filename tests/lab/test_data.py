@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sag_pag.demo import data
+from lab import data
+from lab.data import Scenes, caption_ids, draw_scenes, render
 from sag_pag.demo.captions import COLOURS, SHAPES, describe, parse
-from sag_pag.demo.data import Scenes, caption_ids, draw_scenes, render
 
 
 def scenes(count: int, seed: int = 0) -> Scenes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 from dataclasses import replace
@@ -13,11 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sag_pag.demo import classifier, degraded, evaluate
-from sag_pag.demo.captions import parse
-from sag_pag.demo.model import load, read_metadata
-from sag_pag.demo.progress import Progress
-from sag_pag.demo.train import (
+from lab import card, classifier, degraded, evaluate
+from lab.train import (
     HELD_OUT,
     HELD_OUT_SEED,
     Trainer,
@@ -28,6 +24,8 @@ from sag_pag.demo.train import (
     prepared_autoencoder,
     train,
 )
+from sag_pag.demo.captions import parse
+from sag_pag.demo.model import load, read_metadata
 
 
 def short(out: Path, *, steps: int = 6) -> TrainSettings:
@@ -112,6 +110,23 @@ def test_shipped_weights_have_the_held_out_loss_that_they_state(tmp_path: Path) 
     assert trainer.held_out_loss() == pytest.approx(float(read_metadata()["held_out_loss"]), rel=0.005)
 
 
+@torch.no_grad()
+def test_shipped_autoencoder_keeps_the_picture_at_unit_variance() -> None:
+    autoencoder = load().first_stage_model
+    pictures = draw_batch(128, seed=3, step=0, caption_dropout=0).pictures
+    latent = autoencoder.encode(pictures)
+    assert latent.shape == (128, 8, 16, 16)
+    assert latent.mean().abs() < 0.1
+    assert latent.std() == pytest.approx(1, abs=0.1)
+    error = (autoencoder.decode(latent) - pictures).square().mean()
+    assert -10 * error.log10() > 27  # decibels
+
+
+def test_the_model_card_is_that_of_the_weights() -> None:
+    """``python -m lab card`` writes it anew."""
+    assert card.weights_table() in card.CARD.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -169,22 +184,3 @@ def test_agreement_counts_the_words_that_are_seen() -> None:
 def test_classifier_training_runs() -> None:
     model = classifier.train_classifier(steps=2, batch=4)
     assert model.embed(torch.rand(2, 3, 64, 64)).shape == (2, classifier.FEATURES)
-
-
-def test_progress_in_a_log_and_on_a_terminal() -> None:
-    log = io.StringIO()
-    with Progress("work", 200, stream=log) as bar:
-        for done in range(1, 201):
-            bar.update(done)
-    assert len(log.getvalue().splitlines()) == 2
-    assert "200/200" in log.getvalue()
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    with Progress("work", 5, stream=screen) as bar:
-        bar.update(5, "done")
-    assert screen.getvalue().startswith("\r")
-    assert screen.getvalue().endswith("done\n")

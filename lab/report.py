@@ -1,56 +1,17 @@
-"""The results of ``evaluate`` as CSV, as Markdown tables and as plots."""
+"""The results of ``evaluate`` as Markdown tables and as plots."""
 
 from __future__ import annotations
 
-import csv
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sag_pag.demo.evaluate import Evaluation, Floor, Result
-from sag_pag.demo.metrics import Change, Estimate
-from sag_pag.demo.points import Point, axis_title
-from sag_pag.pages import write_part
-
-COLUMNS = (
-    "sweep", "mode", "label", "cfg", "steps", "samples",
-    "frechet", "frechet_margin", "change", "change_low", "change_high", "precision", "precision_margin",
-    "recall", "recall_margin", "agreement", "agreement_margin", "sizes_off", "sizes_off_margin",
-    "shapes_off", "shapes_off_margin", "two_objects", "two_objects_margin", "gflop_per_picture",
-)  # fmt: skip
-
-
-def csv_row(result: Result) -> dict[str, object]:
-    """One line of the CSV; margins are half-widths of 95 % intervals, low and high their ends."""
-    point = result.point
-    row: dict[str, object] = {
-        "sweep": point.sweep,
-        "mode": point.mode,
-        "label": point.label,
-        "cfg": f"{point.recipe.cfg:g}",
-        "steps": point.recipe.steps,
-        "samples": result.samples,
-        "gflop_per_picture": f"{result.gigaflops:.2f}",
-    }
-    if result.change is not None:
-        for name, value in asdict(result.change).items():
-            row["change" if name == "value" else f"change_{name}"] = f"{value:.4f}"
-    for name in ("frechet", "precision", "recall", "agreement", "sizes_off", "shapes_off", "two_objects"):
-        estimate: Estimate = getattr(result, name)
-        known = estimate.value == estimate.value
-        row[name] = f"{estimate.value:.4f}" if known else ""
-        row[f"{name}_margin"] = f"{estimate.margin:.4f}" if known else ""
-    return row
-
-
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    """All results, one a line."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(csv_row(result) for result in results)
+from lab.evaluate import Evaluation
+from lab.metrics import Change, Estimate
+from lab.points import FEATURES, Point, axis_title
+from lab.results import Floor, Result, Setup, Sweep, write_csv
 
 
 def _share(estimate: Estimate) -> str:
@@ -59,7 +20,8 @@ def _share(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.1f} ± {100 * estimate.margin:.1f} %"
 
 
-def _changed(change: Change | None) -> str:
+def changed(change: Change | None) -> str:
+    """As the pages have it: "-22 % (-28 to -16)"; empty for nothing."""
     if change is None:
         return ""
     return f"{100 * change.value:+.0f} % ({100 * change.low:+.0f} to {100 * change.high:+.0f})"
@@ -77,7 +39,7 @@ def markdown_table(results: Sequence[Result]) -> str:
             result.point.mode,
             result.point.label,
             f"{result.frechet.value:.2f} ± {result.frechet.margin:.2f}",
-            _changed(result.change),
+            changed(result.change),
             _share(result.precision),
             _share(result.recall),
             _share(result.agreement),
@@ -90,75 +52,56 @@ def markdown_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def combined_table(judge: Evaluation, results: Sequence[Result]) -> str:
+def combined_table(results: Sequence[Result]) -> str:
     """Both methods together against each alone, where that has been measured; empty without such a point."""
     rows = []
-    for point in (result.point for result in results):
-        if point.recipe.settings.sag_enabled and point.recipe.settings.pag_enabled:
-            others = [point.alone("sag"), point.alone("pag")]
-            cells = [_changed(judge.change(point, since=other)) if judge.made(other) else "" for other in others]
-            rows.append(f"| {point.mode} | {point.label} | {' | '.join(cells)} |")
+    for result in results:
+        if result.against:
+            cells = [changed(result.against.get(feature)) for feature in FEATURES]
+            rows.append(f"| {result.point.mode} | {result.point.label} | {' | '.join(cells)} |")
     if not rows:
         return ""
     head = "| mode | guidance | against SAG alone | against PAG alone |\n| --- | --- | --- | --- |"
     return "\n".join(["", head, *rows, ""])
 
 
-def footnote(judge: Evaluation, floor: Floor) -> str:
+def footnote(setup: Setup, floor: Floor) -> str:
     """How the numbers of a table were made, and what drawn pictures get."""
-    size, precision = judge.size, "bfloat16" if judge.bf16 else "float32"
     return (
-        f"{size.total} samples a line, in {size.groups} groups of seeds, {size.first} to {size.numbers[-1]}; "
-        f"intervals of 95 %; computed in {precision}. The Fréchet distance is from {len(judge.drawn)} drawn pictures, "
-        f"precision and recall are against {size.total} of them. {size.total} other drawn pictures get a Fréchet "
-        f"distance of {floor.frechet}, and of {floor.decoded} after the autoencoder, which is what a perfect U-Net "
-        f"would get; precision {_share(floor.precision)}, recall {_share(floor.recall)}, sizes off "
-        f"{_share(floor.sizes_off)}, shapes off {_share(floor.shapes_off)}, two objects in "
-        f"{_share(floor.two_objects)}.\n"
+        f"{setup.samples} samples a line, in {setup.groups} groups of seeds, {setup.first_group} to "
+        f"{setup.first_group + setup.groups - 1}; intervals of 95 %; computed in {setup.computed_in}. The Fréchet "
+        f"distance is from {setup.drawn} drawn pictures, precision and recall are against {setup.samples} of them. "
+        f"{setup.samples} other drawn pictures get a Fréchet distance of {floor.frechet}, and of {floor.decoded} after "
+        f"the autoencoder, which is what a perfect U-Net would get; precision {_share(floor.precision)}, recall "
+        f"{_share(floor.recall)}, sizes off {_share(floor.sizes_off)}, shapes off {_share(floor.shapes_off)}, two "
+        f"objects in {_share(floor.two_objects)}.\n"
     )
 
 
-def marks(sweep: str) -> tuple[str, str]:
-    """Between what a page of the docs has the results of a sweep."""
-    return f"<!-- {sweep} -->", f"<!-- end of {sweep} -->"
+def write_tables(sweep: Sweep, *, out: Path, plots: bool = True) -> list[Path]:
+    """A Markdown table and a plot; returns what was written."""
+    results, floor = sweep.results, sweep.floor
+    page = out / f"{sweep.name}.md"
+    parts = (markdown_table(results), combined_table(results), "\n", footnote(results[0].setup, floor))
+    page.write_text("".join(parts), encoding="utf-8")
+    if not plots:
+        return [page]
+    plot = out / f"{sweep.name}.png"
+    plot_sweep(results, plot, floor=floor.decoded.value)
+    return [page, plot]
 
 
 def write_all(
-    judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True, docs: Path | None = None
+    judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True
 ) -> list[Path]:
-    """A CSV, a Markdown table and a plot for each sweep; returns what was written.
-
-    ``docs`` is a page that gets each sweep's table between that sweep's marks, and CSV and plot into the folder of its
-    name beside it. Raises ``ValueError`` if it has no such marks.
-    """
+    """A CSV, a Markdown table and a plot for each sweep; returns what was written."""
     floor = judge.floor()
     written = []
-    for sweep, points in wanted.items():
-        results = [judge.result(point) for point in points]
-        table = f"{markdown_table(results)}{combined_table(judge, results)}\n{footnote(judge, floor)}"
-        files = [out / f"{sweep}.csv"]
-        write_csv(results, files[0])
-        if plots:
-            files.append(out / f"{sweep}.png")
-            plot_sweep(results, files[1], floor=floor.decoded.value)
-        page = out / f"{sweep}.md"
-        page.write_text(table, encoding="utf-8")
-        written += [*files, page]
-        if docs is not None:
-            written += _write_docs(docs, sweep, table, files)
+    for name, points in wanted.items():
+        sweep = Sweep([judge.result(point) for point in points], floor)
+        write_csv(sweep, out / f"{name}.csv")
+        written += [out / f"{name}.csv", *write_tables(sweep, out=out, plots=plots)]
     return written
-
-
-def _write_docs(page: Path, sweep: str, table: str, files: Sequence[Path]) -> list[Path]:
-    folder = page.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    copies = [folder / path.name for path in files]
-    for path, copy in zip(files, copies, strict=True):
-        copy.write_bytes(path.read_bytes())
-    plots = [copy for copy in copies if copy.suffix == ".png"]
-    shown = "".join(f"![Plot of the table below]({folder.name}/{plot.name})\n\n" for plot in plots)
-    write_part(page, *marks(sweep), f"\n{shown}{table}")
-    return [*copies, page]
 
 
 def can_plot() -> bool:

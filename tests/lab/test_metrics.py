@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sag_pag.demo import metrics
-from sag_pag.demo.metrics import Moments
+from lab import metrics
+from lab.metrics import Moments
 
 
 def normal(count: int, size: int, *, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

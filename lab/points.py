@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from sag_pag.demo.model import OWN_DEFAULTS, PAG_SCALE
 from sag_pag.demo.sampling import Recipe, noise_levels
 from sag_pag.settings import PARAMETERS, Settings, Value, implied_by
 
@@ -54,9 +55,6 @@ class Point:
 
 PANEL_PAG_SCALE = Settings().pag_scale
 """The extension's own default."""
-PAG_SCALE = 0.5
-OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
-"""What suits this model better than the extension's defaults (docs/demo-evaluation.md); the grid uses it too."""
 
 
 def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1) -> Recipe:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lab import data
+from lab.degraded import SEED, degraded, draw_degraded
 from sag_pag import guidance
-from sag_pag.demo import data
-from sag_pag.demo.degraded import SEED, degraded, draw_degraded
 from sag_pag.demo.model import DemoModel, load
 from sag_pag.settings import Settings
 

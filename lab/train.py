@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sag_pag.demo import data
-from sag_pag.demo.autoencoder import FACTOR, LATENT_CHANNELS, Autoencoder, train_autoencoder
-from sag_pag.demo.files import written_whole
+from lab import data
+from lab.autoencoder import train_autoencoder
+from lab.files import written_whole
+from sag_pag.demo.autoencoder import FACTOR, LATENT_CHANNELS, SIZE, Autoencoder
 from sag_pag.demo.model import DemoModel, save
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.schedule import TIMESTEPS, angle_of
@@ -102,7 +103,7 @@ def draw_batch(size: int, *, seed: int, step: int, caption_dropout: float) -> Ba
     ids = data.caption_ids(scenes, generator)
     ids[torch.rand(size, generator=generator) < caption_dropout] = 0
     strata = torch.arange(size) + torch.rand(size, generator=generator)
-    side = data.SIZE // FACTOR
+    side = SIZE // FACTOR
     noise = torch.randn(size, LATENT_CHANNELS, side, side, generator=generator)
     return Batch(data.render(scenes), noise, strata * ((TIMESTEPS - 1) / size), ids)
 

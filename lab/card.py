@@ -1,17 +1,15 @@
-"""The model card's numbers: ``python -m sag_pag.demo.card`` writes them anew from the weights file."""
+"""The model card's numbers, from the weights file."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
+from lab.pages import write_part
 from sag_pag.demo.model import WEIGHTS, load, read_metadata
-from sag_pag.pages import write_part
 
-CARD = Path(__file__).parents[2] / "docs" / "demo-model-card.md"
+CARD = Path(__file__).parents[1] / "docs" / "demo-model-card.md"
 BEGIN, END = "<!-- weights -->", "<!-- end of weights -->"
 OTHERS = ("warmup", "decay", "ema", "caption_dropout")
 PARTS = {
@@ -31,7 +29,7 @@ def weights_table(path: Path = WEIGHTS) -> str:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
     options += "" if training["bf16"] else " --float32"
     runs = [*training["finished"], training["steps"]]
-    commands = ", then ".join(f"`python -m sag_pag.demo train --steps {steps} {options}`" for steps in runs)
+    commands = ", then ".join(f"`python -m lab train --steps {steps} {options}`" for steps in runs)
     rows = {
         "File": f"`{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors",
         "SHA-256": f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`",
@@ -44,12 +42,6 @@ def weights_table(path: Path = WEIGHTS) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def main() -> None:
+def write_table() -> None:
     """Replaces the table between the two marks in the model card."""
-    argparse.ArgumentParser(prog="python -m sag_pag.demo.card", description=main.__doc__).parse_args()
     write_part(CARD, BEGIN, END, weights_table())
-    sys.stdout.write(f"{CARD}\n")
-
-
-if __name__ == "__main__":
-    main()

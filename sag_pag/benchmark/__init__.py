@@ -1,1 +1,0 @@
-"""What a guided step costs, counted and timed: ``python -m sag_pag.benchmark --help``."""
