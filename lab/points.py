@@ -10,7 +10,7 @@ from typing import Literal
 
 from sag_pag.demo.model import OWN_DEFAULTS, PAG_SCALE
 from sag_pag.demo.sampling import Recipe, noise_levels
-from sag_pag.settings import PARAMETERS, Settings, Value, implied_by
+from sag_pag.settings import BLURRED, PARAMETERS, Settings, Value, implied_by
 
 Mode = Literal["unconditional", "captioned", "captioned, CFG 3"]
 MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
@@ -37,8 +37,10 @@ class Point:
 
     @property
     def baseline(self) -> Point:
-        """The same from noise on and without guidance."""
-        recipe = replace(self.recipe, settings=Settings(), every=1, begin=0.0)
+        """The same from noise on and without guidance; in a map of mixes with CFG, CFG alone at its best."""
+        if self.sweep == MIX:
+            return _mixed(BEST_CFG, "CFG alone", {}, steps=self.recipe.steps)
+        recipe = replace(self.recipe, settings=Settings(), begin=0.0)
         return replace(self, label="from noise alone" if self.recipe.begin else "none", recipe=recipe, x=0.0)
 
     def alone(self, feature: Feature) -> Point:
@@ -57,9 +59,9 @@ PANEL_PAG_SCALE = Settings().pag_scale
 """The extension's own default."""
 
 
-def _recipe(mode: Mode, values: dict[str, object], *, steps: int, every: int = 1) -> Recipe:
+def _recipe(mode: Mode, values: dict[str, object], *, steps: int) -> Recipe:
     settings = Settings().with_values({**OWN_DEFAULTS, **implied_by(values), **values})
-    return Recipe(settings=settings, cfg=3.0 if mode == "captioned, CFG 3" else 1.0, steps=steps, every=every)
+    return Recipe(settings=settings, cfg=3.0 if mode == "captioned, CFG 3" else 1.0, steps=steps)
 
 
 def _switched_on(*features: Feature) -> dict[str, object]:
@@ -134,8 +136,21 @@ _CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
 }  # fmt: skip
 """What the grid shows, and the best of the other sweeps, for seeds that they were not chosen on."""
 
+MIX = "mix"
+BEST_CFG = 2.0
+"""Of CFG alone, as the map of mixes shows."""
+_CFG_ALONE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+_MIXED_CFG = (1.0, 1.25, 1.5, 2.0, 3.0)
+_SEG: dict[str, object] = {"pag_perturbation": BLURRED}
+_MIXED: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
+    "SAG": ("sag_scale", (0.375, 0.75), {}),
+    "PAG": ("pag_scale", (0.25, 0.5, 1.0), {}),
+    "SEG": ("pag_scale", (0.5, 1.0, 2.0), _SEG),
+}
+"""What is mixed with CFG: a method's scale, its values, and what else it needs."""
+
 CHOSEN = "chosen"
-SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", CHOSEN)
+SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", MIX, CHOSEN)
 ON_FIRST_SEEDS = (DEFAULT, *(sweep for sweep in SWEEPS if sweep != CHOSEN))
 """Measured on the first groups of seeds; what was chosen there is for others."""
 _IN_ALL_MODES = ("pag-input-start", CHOSEN)
@@ -155,14 +170,30 @@ def sweep_points(sweep: str, *, modes: Sequence[Mode] = (), steps: int = 20) -> 
 
     Without ``modes`` in those that the sweep is made for.
     """
+    if sweep == MIX:
+        return mixes(steps)
     points: list[Point] = []
     for mode in modes or (MODES if sweep in _IN_ALL_MODES else SWEPT_MODES):
         added = _begins(mode, steps) if sweep == "begin" else [
-            Point(sweep, label, mode, _recipe(mode, values, steps=steps, every=every), x)
-            for label, values, every, x in _variants(sweep, mode)
+            Point(sweep, label, mode, _recipe(mode, values, steps=steps), x)
+            for label, values, x in _variants(sweep, mode)
         ]
         points += [added[0].baseline, *added]
     return points
+
+
+def _mixed(cfg: float, label: str, values: dict[str, object], *, steps: int) -> Point:
+    recipe = replace(_recipe("captioned", values, steps=steps), cfg=cfg)
+    return Point(MIX, f"{label}, CFG {cfg:g}", "captioned", recipe, cfg)
+
+
+def mixes(steps: int = 20) -> list[Point]:
+    """CFG alone, its best first, then every method at some scales with some CFG scales."""
+    alone = [_mixed(cfg, "CFG alone", {}, steps=steps) for cfg in (BEST_CFG, *_CFG_ALONE)]
+    return [*dict.fromkeys(alone), *(
+        _mixed(cfg, f"{method} {scale:g}", {**others, name: scale}, steps=steps)
+        for method, (name, scales, others) in _MIXED.items() for scale in scales for cfg in _MIXED_CFG
+    )]
 
 
 def _begins(mode: Mode, steps: int) -> list[Point]:
@@ -174,36 +205,39 @@ def _begins(mode: Mode, steps: int) -> list[Point]:
     return found
 
 
-def _variants(sweep: str, mode: Mode) -> list[tuple[str, dict[str, object], int, float | None]]:
+def _variants(sweep: str, mode: Mode) -> list[tuple[str, dict[str, object], float | None]]:
     if sweep in _SCALARS:
         name, values, others = _SCALARS[sweep]
-        return [(f"{value:g}", {**others, name: value}, 1, value) for value in values]
+        return [(f"{value:g}", {**others, name: value}, value) for value in values]
     if sweep == "pag-blocks":
         return [
-            (f"PAG {scale:g}, {blocks}", {"pag_scale": scale, "pag_blocks": blocks}, 1, None)
+            (f"PAG {scale:g}, {blocks}", {"pag_scale": scale, "pag_blocks": blocks}, None)
             for scale in (PAG_SCALE, PANEL_PAG_SCALE)
             for blocks in _BLOCKS
         ]
     if sweep == "sag-block":
-        return [(block, {"sag_block": block}, 1, None) for block in _BLOCKS if "," not in block]
+        return [(block, {"sag_block": block}, None) for block in _BLOCKS if "," not in block]
     if sweep == "range":
         limited = [(f"PAG {scale:g}", "pag", {"pag_scale": scale}) for scale in (1.0, PANEL_PAG_SCALE)]
         return [
-            (f"{label}, {start:g} to {end:g}", {**values, f"{feature}_start": start, f"{feature}_end": end}, 1, None)
+            (f"{label}, {start:g} to {end:g}", {**values, f"{feature}_start": start, f"{feature}_end": end}, None)
             for label, feature, values in (*limited, ("SAG", "sag", {}))
             for start, end in _RANGES
         ]
     if sweep == "cost":
-        variants: list[tuple[str, dict[str, object], int, float | None]] = []
+        variants: list[tuple[str, dict[str, object], float | None]] = []
         methods: dict[str, tuple[Feature, ...]] = {"PAG": ("pag",), "SAG": ("sag",), "SAG+PAG": FEATURES}
         for label, features in methods.items():
             enabled = _switched_on(*features)
-            variants += [(f"{label}, every {every}", enabled, every, None) for every in (1, 2, 3, 4)]
+            variants += [
+                (f"{label}, every {every}", {**enabled, **{f"{feature}_every": every for feature in features}}, None)
+                for every in (1, 2, 3, 4)
+            ]
             for start, end in ((0.0, 0.5), (0.25, 0.75)):
                 limits = {f"{feature}_start": start for feature in features}
                 limits |= {f"{feature}_end": end for feature in features}
-                variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, 1, None))
+                variants.append((f"{label}, {start:g} to {end:g}", {**enabled, **limits}, None))
         return variants
     if sweep == CHOSEN:
-        return [(label, values, 1, None) for label, values in _CHOSEN[mode].items()]
+        return [(label, values, None) for label, values in _CHOSEN[mode].items()]
     raise ValueError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")

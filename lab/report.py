@@ -10,7 +10,7 @@ from typing import Any
 
 from lab.evaluate import Evaluation
 from lab.metrics import Change, Estimate
-from lab.points import FEATURES, Point, axis_title
+from lab.points import FEATURES, MIX, Point, axis_title
 from lab.results import Floor, Result, Setup, Sweep, write_csv
 
 
@@ -118,7 +118,9 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
         by_mode.setdefault(result.point.mode, []).append(result)
     rows, columns, heights = 1, len(by_mode), [4.0]
     draw, width, ratios = _plot_values, 5.6, "y"
-    if results[0].point.sweep == "cost":
+    if results[0].point.sweep == MIX:
+        draw, width, heights = _plot_mixes, 8.5, [5.5]
+    elif results[0].point.sweep == "cost":
         draw, width, heights = _plot_costs, 7.5, [5.5]
     elif any(result.point.x is None for result in results):
         rows, columns, heights = len(by_mode), 1, [1.1 + 0.25 * len(chosen) for chosen in by_mode.values()]
@@ -179,6 +181,28 @@ def _plot_costs(axes: Any, results: Sequence[Result], floor: float) -> None:
         label = label if "step" in label else f"{label} of the steps"
         axes.plot([], [], marker, color="grey", label=label, linestyle="none")
     axes.set_xlabel("work, times that without guidance")
+
+
+def _plot_mixes(axes: Any, results: Sequence[Result], floor: float) -> None:
+    """Over the share of the caption that is seen: a line for each method and scale, along CFG's scale."""
+    del floor
+    lines: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        method, _, rest = result.point.label.partition(" ")
+        lines.setdefault((method, rest.partition(",")[0]), []).append(result)
+    methods = list(dict.fromkeys(method for method, _ in lines))
+    for method, scale in lines:
+        ordered = sorted(lines[method, scale], key=lambda result: result.point.recipe.cfg)
+        seen = [100 * result.agreement.value for result in ordered]
+        ratios = [1 + result.change.value if result.change else 1.0 for result in ordered]
+        scales = [other for name, other in lines if name == method]
+        colour = f"C{methods.index(method) - 1}" if method != "CFG" else "black"
+        strength = (scales.index(scale) + 1) / len(scales)
+        axes.plot(seen, ratios, "o-", color=colour, alpha=strength, markersize=4, label=f"{method} {scale}")
+        for result, x, y in zip(ordered, seen, ratios, strict=True):
+            cfg = f"{result.point.recipe.cfg:g}"
+            axes.annotate(cfg, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xlabel("caption seen, % (the numbers are CFG's scale)")
 
 
 def _plot_values(axes: Any, results: Sequence[Result], floor: float) -> None:

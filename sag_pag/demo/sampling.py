@@ -28,7 +28,7 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make pictures. ``cfg`` 1 is without CFG; ``every`` 2 guides (SAG, PAG) in every second step only.
+    """How to make pictures. ``cfg`` 1 is without CFG.
 
     ``begin`` is the share of the steps that is left out because the pictures are there already, as in img2img.
     """
@@ -37,14 +37,11 @@ class Recipe:
     cfg: float = 1.0
     steps: int = 20
     sampler: str = "euler"
-    every: int = 1
     begin: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
-        if self.every < 1:
-            raise ValueError("every must be at least 1")
         if not 0 <= self.begin < 1:
             raise ValueError("begin must be at least 0 and below 1")
         if self.sampler not in SAMPLERS:
@@ -99,9 +96,8 @@ class GuidedDenoiser:
         rows = x if self.recipe.cfg == 1 else torch.cat((x, x))
         levels = x.new_full((len(rows),), sigma)
         progress = (TIMESTEPS - 1 - timestep_of(torch.tensor(sigma)).item()) / TIMESTEPS
-        plan = None
-        if self.recipe.settings.enabled and self.calls % self.recipe.every == 0:
-            plan = plan_step(self.recipe.settings, self.chosen, scales_at(self.recipe.settings, progress=progress))
+        settings = self.recipe.settings
+        plan = plan_step(settings, self.chosen, scales_at(settings, progress=progress, number=self.calls))
         self.calls += 1
         if plan is None:
             return self._combined(self.denoise(rows, levels, cond=self.cond))

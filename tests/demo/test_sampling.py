@@ -109,7 +109,7 @@ def test_guidance_in_every_second_step(model: DemoModel, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(GuidedStep, "finish", counting)
     settings = Settings.from_dict({"pag_scale": 1.0})
-    sample(model, CAPTIONS, seeds=[1, 2], recipe=Recipe(settings, steps=5, every=2), size=64)
+    sample(model, CAPTIONS, seeds=[1, 2], recipe=Recipe(settings.with_values({"pag_every": 2}), steps=5), size=64)
     assert len(guided) == 3
     settings = settings.with_values({"pag_start": 0.25, "pag_end": 0.7})
     sample(model, CAPTIONS, seeds=[1, 2], recipe=Recipe(settings, steps=5), size=64)
@@ -127,7 +127,6 @@ def test_sizes_and_steps_are_reported(model: DemoModel) -> None:
     ("arguments", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"every": 0}, "every must be at least 1"),
         ({"sampler": "magic"}, "unknown sampler 'magic'; known are euler, heun"),
     ],
 )
