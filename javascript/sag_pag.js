@@ -193,7 +193,11 @@
     // A closed panel with nothing on shows nothing that could be out of date, and the page is there sooner.
     const isSeen = (panel) => isOpen(panel) || panel.querySelector("input[type=checkbox]:checked");
     const REST = 200, SOON = 1000, PATIENCE = 60000;  // milliseconds
-    let checkpoint = null;
+    let checkpoint = null, held = false;
+
+    // While a slider is held nothing is asked, however slowly it is dragged.
+    window.addEventListener("pointerdown", (event) => { held = event.target.type === "range"; }, true);
+    for (const kind of ["pointerup", "pointercancel"]) window.addEventListener(kind, () => { held = false; }, true);
 
     function ask(panel, redraw) {
         clearTimeout(panel.sagPagChanging);
@@ -211,8 +215,13 @@
             return;
         }
         panel.sagPagRedraw = panel.sagPagRedraw || redraw;
-        clearTimeout(panel.sagPagChanging);
-        panel.sagPagChanging = setTimeout(() => ask(panel, panel.sagPagRedraw), REST);
+        const askWhenAtRest = () => {
+            clearTimeout(panel.sagPagChanging);
+            panel.sagPagChanging = setTimeout(
+                () => held ? askWhenAtRest() : ask(panel, panel.sagPagRedraw), REST,
+            );
+        };
+        askWhenAtRest();
     };
 
     // In img2img "Resize by" makes the picture's size out of the source's, which the page alone knows.
