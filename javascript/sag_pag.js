@@ -67,26 +67,28 @@
         if (!extend) map.dataset.anchor = cell.dataset.name;
     }
 
-    // Says what the cell is, and opens its block's transformer blocks.
+    function showAbout(map, kind) {
+        for (const part of map.querySelector(".sag-pag-about").children) {
+            part.hidden = !part.classList.contains(kind);
+        }
+    }
+
+    // Says what the cell is, or why it can't be chosen, and opens its block's transformer blocks.
     function describe(cell) {
         const map = cell.closest(".sag-pag-map");
-        const about = map.querySelector(".sag-pag-about");
-        about.querySelector(".sag-pag-hint").hidden = true;
-        about.querySelector(".sag-pag-block").hidden = false;
-        for (const place of about.querySelectorAll("[data-field]")) {
+        const kind = cell.classList.contains("sag-pag-empty") ? "sag-pag-none" : "sag-pag-block";
+        showAbout(map, kind);
+        for (const place of map.querySelectorAll(`.${kind} [data-field]`)) {
             place.textContent = cell.dataset[place.dataset.field];
         }
-        if (!cell.closest(".sag-pag-depths")) {
+        if (kind === "sag-pag-block" && !cell.closest(".sag-pag-depths")) {
             for (const depths of map.querySelectorAll(".sag-pag-depths")) {
                 depths.hidden = depths.dataset.block !== cell.dataset.name;
             }
         }
     }
 
-    function forget(map) {
-        map.querySelector(".sag-pag-hint").hidden = false;
-        map.querySelector(".sag-pag-block").hidden = true;
-    }
+    const forget = (map) => showAbout(map, "sag-pag-hint");
 
     function move(cell, key) {
         const map = cell.closest(".sag-pag-map");
@@ -104,6 +106,7 @@
     }
 
     const cellOf = (event) => event.target.closest && event.target.closest(".sag-pag-map button.sag-pag-cell");
+    const placeOf = (event) => event.target.closest && event.target.closest(".sag-pag-map .sag-pag-cell");
 
     function listen(root) {
         root.addEventListener("click", (event) => {
@@ -117,7 +120,7 @@
             }
         });
         for (const kind of ["mouseover", "focusin"]) {
-            root.addEventListener(kind, (event) => cellOf(event) && describe(cellOf(event)));
+            root.addEventListener(kind, (event) => placeOf(event) && describe(placeOf(event)));
         }
         root.addEventListener("mouseout", (event) => {
             const map = event.target.closest(".sag-pag-map");
@@ -146,6 +149,10 @@
             const wrong = column.querySelector(".sag-pag-error");
             if (wrong) wrong.hidden = wrong.dataset.text !== input.value;
             wrong && !wrong.hidden ? input.setAttribute("aria-invalid", "true") : input.removeAttribute("aria-invalid");
+            if (wrong && !wrong.hidden) {  // what was chosen before is not what the text says
+                map.dataset.chosen = "";
+                show(map);
+            }
         };
         for (const part of column.querySelectorAll(".sag-pag-state, .sag-pag-mapping")) {
             new MutationObserver(update).observe(part, {childList: true, subtree: true});
@@ -153,19 +160,51 @@
         update();
     }
 
-    // The panel's head repeats what is on and what it costs.
-    function head(panel) {
-        const label = panel.querySelector(".label-wrap");
-        const cost = panel.querySelector(".sag-pag-cost");
+    // Keeps a copy of what the server says of something closed in its head.
+    function copied(label, source, className) {
         const copy = document.createElement("span");
-        copy.className = "sag-pag-head";
+        copy.className = className;
         label.insertBefore(copy, label.lastElementChild);
         const update = () => {
-            const source = cost.querySelector(".sag-pag-line");
-            if (source && copy.innerHTML !== source.innerHTML) copy.innerHTML = source.innerHTML;
+            const said = source.querySelector(".sag-pag-line, .sag-pag-not-default");
+            const html = said ? said.innerHTML : "";
+            if (copy.innerHTML !== html) copy.innerHTML = html;
         };
-        new MutationObserver(update).observe(cost, {childList: true, subtree: true, characterData: true});
+        new MutationObserver(update).observe(source, {childList: true, subtree: true, characterData: true});
         update();
+        return copy;
+    }
+
+    // The head of an accordion is a button, also for the keyboard and for screen readers.
+    function asButton(label) {
+        if (label.querySelector("input") || label.tagName === "BUTTON") return;  // its checkbox opens it
+        label.tabIndex = 0;
+        label.setAttribute("role", "button");
+        const told = () => label.setAttribute("aria-expanded", String(label.classList.contains("open")));
+        new MutationObserver(told).observe(label, {attributes: true, attributeFilter: ["class"]});
+        told();
+        label.addEventListener("keydown", (event) => {
+            if (event.target !== label || (event.key !== "Enter" && event.key !== " ")) return;
+            event.preventDefault();
+            label.click();
+        });
+    }
+
+    // While an X/Y/Z plot has one of our axes it decides, whatever the panel says.
+    function followPlot(panel, head) {
+        const tab = panel.id.includes("_img2img_") ? "img2img" : "txt2img";
+        const group = gradioApp().getElementById(`${tab}_script_container`);
+        const badge = document.createElement("span");
+        badge.className = "sag-pag-plot";
+        badge.textContent = panel.querySelector(".sag-pag-plot-decides").textContent;
+        head.parentElement.insertBefore(badge, head);
+        const update = () => {
+            const axes = Array.from(group ? group.querySelectorAll("[id*=_xyz_plot_][id$=_type] input") : []);
+            badge.hidden = !axes.some((axis) => axis.offsetParent && /^\[(SAG|PAG|SAG\/PAG)\]/.test(axis.value));
+        };
+        update();
+        if (!group) return;
+        for (const kind of ["change", "click", "focusout"]) group.addEventListener(kind, () => setTimeout(update, 300));
     }
 
     // Names for screen readers that gradio and the WebUI leave out: a slider's number, an accordion's checkbox.
@@ -181,7 +220,14 @@
 
     function setUp(panel) {
         listen(panel);
-        head(panel);
+        const head = copied(panel.querySelector(".label-wrap"), panel.querySelector(".sag-pag-cost"), "sag-pag-head");
+        for (const fold of panel.querySelectorAll(".sag-pag-fold")) {
+            const source = gradioApp().getElementById(fold.id.replace(/_more$/, "_summary"));
+            copied(fold.querySelector(".label-wrap"), source, "sag-pag-aside");
+        }
+        panel.querySelectorAll(".label-wrap").forEach(asButton);
+        followPlot(panel, head);
+        for (const input of panel.querySelectorAll("[id$=_preset] input")) input.readOnly = true;  // chosen, not typed
         name(panel);
         panel.querySelectorAll(".sag-pag-blocks").forEach(follow);
         panel.classList.add("sag-pag-ready");

@@ -189,10 +189,10 @@ class Settings:
         "How much attention a place must get to be blurred. 1 is the average; higher touches less of the picture.",
         "SAG mask threshold", maximum=3.0)
     sag_blur_sigma: float = _parameter(
-        1.0, "sag", "Blur sigma", "How wide the blur is, in latent pixels of 8 picture pixels. 0 switches SAG off.",
+        1.0, "sag", "Blur sigma", "How wide the blur is; 1 is 8 pixels of the picture. 0 switches SAG off.",
         "SAG blur sigma", maximum=10.0)
     sag_block: str = _parameter(
-        "middle", "sag", "Block to read", "The U-Net block whose self-attention shows where the model looks.",
+        "middle", "sag", "Read attention from", "The block whose self-attention shows where the model looks.",
         "SAG block", kind="blocks")
     sag_start: float = _parameter(
         0.0, "sag", "SAG start", "From which part of the way from noise (0) to picture (1) on.", "SAG start")
@@ -206,7 +206,7 @@ class Settings:
         maximum=20.0, step=0.05)
     pag_blocks: str = _parameter(
         "middle", "pag", "Blocks to perturb",
-        "U-Net blocks, separated by commas: middle, input.4, output.3-5, middle.0 for one transformer block.",
+        "Click on the map, or write: middle, input.4, output.3-5, or middle.0 for one transformer block.",
         "PAG blocks", kind="blocks")
     pag_start: float = _parameter(
         0.0, "pag", "PAG start", "From which part of the way from noise (0) to picture (1) on.", "PAG start")
@@ -216,11 +216,12 @@ class Settings:
         False, "pag", "Fade to the end", "Lets the scale fall evenly from its full value at the start to 0 at the end.",
         "PAG fade")
     rescale: float = _parameter(
-        0.0, "both", "Rescale", "Takes back the extra contrast that strong guidance adds. 0 is off, 1 is all of it.",
+        0.0, "both", "Softer contrast (rescale)",
+        "Takes back the extra contrast that strong guidance adds. 0 is off, 1 is all of it.",
         "SAG/PAG rescale")
     rescale_mode: str = _parameter(
-        "full", "both", "Rescale mode",
-        "full: CFG and guidance together; partial: the guidance alone; snf: at each place the stronger of the two.",
+        "full", "both", "What is softened",
+        "Whose contrast is taken back. With the last one, the stronger of both wins at each place instead.",
         "SAG/PAG rescale mode", choices=RESCALE_MODES)
     hires_pass: str = _parameter(
         "both passes", "both", "Hires. fix", "In which passes of hires. fix to guide.", "SAG/PAG hires",
@@ -239,16 +240,16 @@ class Settings:
         "Adds a picture to the gallery: the mask and the attention map at some points. Changes no other picture.",
         "SAG show")
     pag_perturbation: str = _parameter(
-        IDENTITY, "pag", "Perturbation",
-        "What to steer away from. identity (PAG): each place sees itself alone; blurred queries (SEG): places look "
-        "alike; swapped tokens (SSG): the places least alike change seats.", "PAG perturbation",
+        IDENTITY, "pag", "Steer away from",
+        "Attention switched off as in PAG's paper, blurred over places, or the places least alike swapped.",
+        "PAG perturbation",
         choices=PERTURBATION_NAMES)
     pag_query_blur: float = _parameter(
-        WHOLE_MAP, "pag", "Query blur",
-        "How far the queries are blurred, in places of the block's own map. 100 is all of the map: their mean.",
+        WHOLE_MAP, "pag", "Blur width (SEG)",
+        "How wide attention is blurred, in places of the block's own map. 100 is all of the map.",
         "PAG query blur", minimum=0.5, maximum=WHOLE_MAP, step=0.5, only_for=("pag_perturbation", BLURRED))
     pag_swap: float = _parameter(
-        0.1, "pag", "Share swapped", "How many pairs change seats, for each place and each channel.", "PAG swap",
+        0.1, "pag", "Share that changes seats (SSG)", "Of places, and of channels; 0.1 is the paper's.", "PAG swap",
         minimum=0.01, maximum=0.5, only_for=("pag_perturbation", SWAPPED))
     pag_every: int = _parameter(
         1, "pag", "PAG every n-th step", "2 guides in every second step only, for half of the extra time.", "PAG every",

@@ -25,12 +25,16 @@ def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
     chosen = selection(topology.resolve_known(text))
     by_block = {block: [site for site in topology.sites if site.block is block] for block in topology.blocks}
     levels = _levels(cost)
+    narrow = _narrow(levels)
     cells, depths = [], []
     for column, sites in enumerate(by_block.values()):
-        place = f'style="--column: {column + 2}; --level: {levels[column] + 1}"'
         label = _label(column, len(topology.blocks))
+        place = f'style="--column: {column + 2}; --level: {levels[column] + 2}; --narrow-column: {narrow[column] + 2}"'
         if not sites:
-            cells.append(f'<span class="sag-pag-cell sag-pag-empty" {place} aria-hidden="true">{label}</span>')
+            name = f"{texts.INPUT_HALF if column < len(by_block) // 2 else texts.OUTPUT_HALF}.{label}"
+            cells.append(
+                f'<span class="sag-pag-cell sag-pag-empty" {place} data-name="{name}" aria-hidden="true">{label}</span>'
+            )
             continue
         name = sites[0].block_name
         cells.append(_button(cost, sites, name, label, many=many, place=place))
@@ -41,20 +45,40 @@ def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
                 f"<span>{texts.TRANSFORMERS}</span><b>{name}</b>{inner}</div>"
             )
     labels = "".join(
-        f'<span class="sag-pag-level" style="--level: {level + 1}" aria-hidden="true">{escape(_size(size))}</span>'
+        f'<span class="sag-pag-level" style="--level: {level + 2}" aria-hidden="true">{escape(_size(size))}</span>'
         for level, size in sorted({(levels[i], cost.map_sizes[s[0]]) for i, s in enumerate(by_block.values()) if s})
+    )
+    halves = "".join(
+        f'<span class="sag-pag-half sag-pag-{side}" style="--from: {start + 2}; --to: {end + 2}" aria-hidden="true">'
+        f"{text}</span>"
+        for text, side, start, end in (
+            (texts.INPUT_HALF, "left", 0, len(by_block) // 2),
+            (texts.OUTPUT_HALF, "right", len(by_block) // 2 + 1, len(by_block)),
+        )
     )
     title, hint = (texts.CHOOSE_MANY, texts.MAP_HELP) if many else (texts.CHOOSE_ONE, texts.MAP_HELP_ONE)
     return (
         f'<div class="sag-pag-map" data-choose="{"many" if many else "one"}" data-chosen="{chosen}"'
         f' data-text="{escape(text)}">'
-        f'<div class="sag-pag-u" role="group" aria-label="{title}" style="--columns: {len(by_block)}">'
-        f'{labels}{"".join(cells)}</div>{"".join(depths)}'
+        f'<div class="sag-pag-u" role="group" aria-label="{title}" style="--columns: {len(by_block)}; '
+        f'--narrow-columns: {max(narrow) + 1}">'
+        f'{halves}{labels}{"".join(cells)}</div>{"".join(depths)}'
         f'<div class="sag-pag-about"><span class="sag-pag-hint">{hint}</span><span class="sag-pag-block" hidden>'
         f'<b data-field="name"></b><span><span>{texts.RESOLUTION}</span> <b data-field="size"></b></span>'
         f'<span><span>{texts.HEADS}</span> <b data-field="heads"></b></span><span><span>{texts.ALONE}</span> '
-        f'<b data-field="cost"></b> <span>{texts.PER_STEP}</span></span></span></div></div>'
+        f'<b data-field="cost"></b> <span>{texts.PER_STEP}</span></span></span>'
+        f'<span class="sag-pag-none" hidden><b data-field="name"></b> <span>{texts.NO_ATTENTION}</span></span>'
+        "</div></div>"
     )
+
+
+def _narrow(levels: Sequence[int]) -> list[int]:
+    """Each cell's column in a narrow window: a level's input blocks from the left, its output blocks to the right."""
+    half = (len(levels) + 1) // 2
+    columns = max(levels.count(level) for level in set(levels))
+    left = [levels[:i].count(level) for i, level in enumerate(levels[:half])]
+    right = [columns - levels[i:].count(level) for i, level in enumerate(levels[half:], half)]
+    return left + right
 
 
 def _levels(cost: UNetCost) -> list[int]:

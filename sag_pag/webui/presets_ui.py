@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 
 from sag_pag.engine.plan import check_blocks
-from sag_pag.settings import PARAMETERS, SettingError, Settings
+from sag_pag.settings import PARAMETERS, SWITCHES, SettingError, Settings
 from sag_pag.webui import texts
-from sag_pag.webui.presets import STORE, PresetError, PresetStore
+from sag_pag.webui.presets import BUILT_IN, STORE, PresetError, PresetStore
 
 try:
     from modules.ui_components import ToolButton
@@ -30,7 +30,7 @@ class PresetControls:
         self.store = store
         with gr.Row(elem_id=elem_id("preset_row")):
             self.chosen = gr.Dropdown(
-                label=texts.PRESET, choices=self._names(), value=None, elem_id=elem_id("preset"),
+                label=texts.PRESET, choices=self._names(), value=BUILT_IN[0].name, elem_id=elem_id("preset"),
                 info=texts.PRESET_HELP,
             )
             self.save = _button("💾", texts.SAVE, elem_id("preset_save"))
@@ -70,16 +70,21 @@ class PresetControls:
         self.no.click(lambda: (gr.update(visible=False), self._status()), outputs=[self.question, self.status], **plain)
 
     def compare(self, chosen: str | None, values: Sequence[Any]) -> Any:
-        """Shows or hides that the panel's values are no longer those of the chosen preset."""
+        """Says, or does not, that the panel's values are no longer those of the chosen preset.
+
+        Folding a part switches it off in the WebUI: that is told as such.
+        """
         try:
             preset = self.store.get(chosen) if chosen else None
         except PresetError:
             preset = None  # deleted elsewhere: nothing to differ from
-        try:
-            same = preset is None or preset.settings() == Settings.from_list(values)
-        except SettingError:
-            same = False
-        return gr.update(visible=not same)
+        if preset is None:
+            return gr.update(visible=False)
+        wanted = dict(zip(PARAMETERS, preset.settings().values(), strict=True))
+        others = {name for name, value in zip(PARAMETERS, values, strict=True) if value != wanted[name]}
+        switched_off = all(name in SWITCHES and wanted[name] for name in others)
+        text = texts.FOLDED if switched_off else texts.CHANGED
+        return gr.update(visible=bool(others), value=f"<span>{text}</span>")
 
     def _names(self) -> list[str]:
         try:

@@ -22,6 +22,7 @@ from sag_pag.hosts.interface import DenoiserCall, Host, Step, UnguidableModelErr
 from sag_pag.neighbours import Neighbours
 from sag_pag.settings import BLOCKS_OF, FEATURES, SettingError, Settings, Switchable
 from sag_pag.webui.record import Record
+from sag_pag.webui.seen import where
 
 
 class RefusedError(ValueError):
@@ -56,8 +57,8 @@ class GuidedRun:
         self.p = p
         self.settings = settings
         self.record = record
-        self.views: list[tuple[float, SagView]] = []
-        """What SAG saw, with the progress of its steps, if that is to be shown."""
+        self.views: list[tuple[str, SagView]] = []
+        """What SAG saw, with where in the run that was, if it is to be shown."""
         self._model: _Model | None = None
         self._checked: set[Switchable] = set()
         """The features whose blocks the first model that runs them is known to have."""
@@ -181,7 +182,8 @@ class GuidedRun:
         with self._merged_tokens_refused("sag"):
             self._guided.finish()
         if self.settings.sag_show and self._guided.seen_by_sag is not None:
-            self.views.append((self._progress, self._guided.seen_by_sag))
+            place = where(self._progress, self.host.hires_pass(self.p))
+            self.views.append((place, self._guided.seen_by_sag))
 
     @contextmanager
     def _merged_tokens_refused(self, feature: Switchable) -> Iterator[None]:

@@ -8,13 +8,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sag_pag.engine.plan import HiresPass
 from sag_pag.webui import texts
 
 POINTS = 4
 """How many points of the run are shown."""
 
-View = tuple[float, Tensor, Tensor]
-"""Progress, attention ``(height, width)`` of the feature map with mean 1, mask of the latent."""
+View = tuple[str, Tensor, Tensor]
+"""Where in the run it is, attention ``(height, width)`` of the feature map with mean 1, mask of the latent."""
+
+
+def where(progress: float, hires: HiresPass | None) -> str:
+    """Where in the run a step is, in words."""
+    return texts.PASSES[hires] + texts.PERCENT.format(progress)
+
 
 _MASKED = np.array([255, 96, 0])
 _HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
@@ -45,9 +52,9 @@ def show(picture: Image.Image, views: Sequence[View]) -> Image.Image:
     upper, lower = 2 * _LINE, 3 * _LINE + height
     write(texts.SEEN_MASK, _GAP, 0)
     write(texts.SEEN_ATTENTION, _GAP, lower - _LINE)
-    for column, (progress, attention, mask) in enumerate(points):
+    for column, (place, attention, mask) in enumerate(points):
         left = _GAP + column * width
-        write(texts.PERCENT.format(progress), left, upper - _LINE)
+        write(place, left, upper - _LINE)
         sheet.paste(overlay(small, mask), (left, upper))
         sheet.paste(heat_map(attention, size), (left, lower))
     return sheet

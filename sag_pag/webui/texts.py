@@ -1,37 +1,56 @@
-"""Every text of the panel that is not a parameter's own label or help.
+"""Every text of the panel that is not a parameter's own label or help, nor a preset's.
 
 Each is shown as a text of its own, never joined to another, so that the WebUI's localisation files can translate it.
 """
 
 PANEL = "Self-Attention & Perturbed-Attention Guidance"
-BOTH = "Both: contrast"
-BOTH_AND_HIRES = "Both: contrast and hires. fix"
+MORE = "More"
+BOTH = "For both: softer contrast"
+BOTH_AND_HIRES = "For both: softer contrast, hires. fix"
 
 OFF = "off"
 PER_STEP = "per guided step"
 PER_PICTURE = "for this picture"
 COST_HELP = "Computing, compared with the same picture without guidance"
 NOT_USABLE = "a setting can't be used"
+ENDS_FIRST = "This ends before it starts: move Start down or End up."
+PLOT_DECIDES = "the X/Y/Z plot decides"
 
 NO_MODEL = "No model is loaded yet."
-CHOOSE_MANY = "U-Net blocks to perturb"
-CHOOSE_ONE = "U-Net block to read"
-MAP_HELP = "Click to choose, shift-click for a range. From left to right as the U-Net runs, lower is coarser."
-MAP_HELP_ONE = "Click to choose. From left to right as the U-Net runs, lower is coarser."
+CHOOSE_MANY = "Blocks to perturb"
+CHOOSE_ONE = "Block to look at"
+MAP_HELP = "Click to choose, shift-click for a range. From left to right as the model runs, lower is coarser."
+MAP_HELP_ONE = "Click to choose. From left to right as the model runs, lower is coarser."
+INPUT_HALF = "input"
+OUTPUT_HALF = "output"
+NO_ATTENTION = "has no self-attention, so it can't be chosen"
 RESOLUTION = "resolution"
 HEADS = "heads"
 ALONE = "cost alone"
 TRANSFORMERS = "Transformer blocks"
+
+CHOICES = {
+    "full": "CFG and guidance together",
+    "partial": "the guidance alone",
+    "snf": "at each place the stronger of both",
+    "identity": "attention off (PAG)",
+    "blurred queries": "blurred attention (SEG)",
+    "swapped tokens": "swapped places (SSG)",
+}
+"""What the panel calls the values of choices that have no plain name."""
 
 SEEN_MASK = "Orange: what SAG blurs"
 SEEN_ATTENTION = "Bright: what gets much attention"
 SEEN = "SAG sheet: mask and attention"
 """Added to the infotext of the picture that the sheet belongs to."""
 PERCENT = "{:.0%} of the way"
+PASSES = {"first pass": "first pass: ", "hires pass": "hires pass: ", None: ""}
+"""Before the share of the way, where a picture has several passes."""
 
 PRESET = "Preset"
 PRESET_HELP = "Sets all controls below; the sentence under it says when to use it."
 CHANGED = "Values were changed since."
+FOLDED = "Switched off since: folding a part switches it off, unfolding it on."
 PRESET_NAME = "Name of the preset"
 SAVE = "Save the panel's values as a preset of your own"
 RENAME = "Rename the chosen preset"
@@ -39,8 +58,8 @@ DELETE = "Delete the chosen preset"
 READ_AGAIN = "Read the presets again"
 YES = "Do it"
 NO = "Leave everything as it is"
-ASK_SAVE = "A name that you have used already gets the new values."
-ASK_RENAME = "The new name?"
+ASK_SAVE = "Type a name, then ✔. A name that you have used already gets the new values."
+ASK_RENAME = "Type the new name, then ✔."
 ASK_DELETE = "Delete this preset?"
 SAVED = "Saved as"
 RENAMED = "Renamed to"

@@ -28,9 +28,9 @@ def topology() -> Topology:
 
 def passes(topology: Topology, **around: Any) -> list[tuple[int, float, str | None, tuple[int, int]]]:
     """Steps, begin, pass and the first attention's size of each pass."""
-    from sag_pag.webui import panel
+    from sag_pag.webui import saying
 
-    found = panel._passes(topology, {**AROUND, **around})
+    found = saying.passes_of(topology, {**AROUND, **around})
     return [(one.steps, round(one.begin, 6), one.hires, one.cost.map_sizes[topology.sites[0]]) for one in found]
 
 
@@ -63,12 +63,12 @@ def test_both_passes_of_hires_fix(
 def test_a_field_that_is_empty_for_a_moment(host: Host, topology: Topology, field: str) -> None:
     """Costs nothing but the figures: what is on is shown, nothing is raised."""
     from sag_pag.settings import PARAMETERS
-    from sag_pag.webui import panel
+    from sag_pag.webui import saying
 
     around = {**AROUND, **HIRES, field: None}
-    assert panel._passes(topology, around) == []
+    assert saying.passes_of(topology, around) == []
     own = {name: parameter.default for name, parameter in PARAMETERS.items()} | {"pag_enabled": True}
-    line = panel._cost_line_of(own, around, topology)
+    line = saying.cost_line_of(own, around, topology)
     assert "PAG" in line
     assert "×" not in line
 
@@ -79,10 +79,10 @@ def test_only_a_host_that_saves_the_unconditional_rows_tells_its_cfg_scale(
 ) -> None:
     """The WebUI computes them at a CFG scale of 1 too, so that a guided step costs no larger share there."""
     from sag_pag.settings import PARAMETERS
-    from sag_pag.webui import panel, script
+    from sag_pag.webui import saying, script
 
     own = {name: parameter.default for name, parameter in PARAMETERS.items()} | {"pag_enabled": True}
-    line = panel._cost_line_of(own, {**AROUND, **around}, topology)
+    line = saying.cost_line_of(own, {**AROUND, **around}, topology)
     assert f"≈ {cost}" in line
     assert all("cfg_scale" not in names.values() for names in script._AROUND.values())
 
@@ -108,7 +108,8 @@ def test_sheets_come_last_with_the_infotexts_of_their_pictures(host: Host, grid:
     from sag_pag.webui.sampling import VIEWS
 
     view = SimpleNamespace(attention=torch.ones(2, 2, 2), mask=torch.ones(2, 4, 4))
-    p = SimpleNamespace(script_args=(0,), batch_size=2, iteration=0, batch_index=0, **{VIEWS: [(0.5, view)]})
+    p = SimpleNamespace(script_args=(0,), batch_size=2, iteration=0, batch_index=0)
+    setattr(p, VIEWS, [("50% of the way", view)])
     for p.batch_index in (0, 1):
         host.script.postprocess_image(p, SimpleNamespace(image=Image.new("RGB", (8, 8))))
     texts = ["grid"] * grid + ["first", "second"]
@@ -127,7 +128,8 @@ def test_no_sheets_for_scripts_that_put_pictures_together(host: Host) -> None:
     from sag_pag.webui.sampling import VIEWS
 
     view = SimpleNamespace(attention=torch.ones(1, 2, 2), mask=torch.ones(1, 4, 4))
-    p = SimpleNamespace(script_args=(3,), batch_size=1, iteration=0, batch_index=0, **{VIEWS: [(0.5, view)]})
+    p = SimpleNamespace(script_args=(3,), batch_size=1, iteration=0, batch_index=0)
+    setattr(p, VIEWS, [("50% of the way", view)])
     host.script.postprocess_image(p, SimpleNamespace(image=Image.new("RGB", (8, 8))))
     processed = SimpleNamespace(images=["tile"], infotexts=["tile"], index_of_first_image=0)
     host.script.postprocess(p, processed)

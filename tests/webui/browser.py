@@ -43,14 +43,20 @@ def element(tab: str, name: str) -> str:
 
 
 def open_panel(page: Any, tab: str = "txt2img", *features: str) -> Any:
-    """Opens the panel and switches features on; gives the panel."""
+    """Opens the panel, switches features on and opens all that they have; gives the panel."""
     panel = page.locator(element(tab, "panel"))
     if not panel.locator("> .label-wrap.open").count():
         panel.locator("> .label-wrap").click()
     for feature in features:
         page.locator(f"{element(tab, feature + '_enabled')} > .label-wrap").click()
+        open_fold(page, tab, feature)
     page.wait_for_timeout(800)
     return panel
+
+
+def open_fold(page: Any, tab: str, name: str) -> None:
+    """Opens the fold of a feature, or the one for both."""
+    page.locator(f"{element(tab, name + '_more')} > .label-wrap").click()
 
 
 def number(page: Any, tab: str, name: str) -> float:

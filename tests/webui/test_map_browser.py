@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import element, load, number, open_panel, opened_page, screenshot, text_field, ticked
+from browser import element, load, number, open_fold, open_panel, screenshot, text_field, ticked
 from client import Client
 from server import Server
 
@@ -110,9 +107,8 @@ def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
     open_panel(page, "txt2img", "pag")
     page.wait_for_timeout(WAIT)
     page.locator(f"{element('txt2img', 'panel')} > .label-wrap").click()
-    whole = re.search(r"PAG.*≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)× for this picture", head(page))
+    whole = re.search(r"PAG ≈ (\d\.\d\d)× for this picture$", " ".join(head(page).split()))
     assert whole is not None, head(page)
-    assert whole[1] == whole[2]
     assert page.locator(f"{element('txt2img', 'panel')} .sag-pag-head").is_visible()
     open_panel(page)
     page.locator(f"{element('txt2img', 'pag_end')} input[type=number]").fill("0.5")
@@ -121,7 +117,7 @@ def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
     half = re.search(r"≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)×", head(page))
     assert half is not None
     assert half[1] == whole[1]
-    assert float(half[2]) - 1 == pytest.approx((float(whole[2]) - 1) / 2, abs=0.011)
+    assert float(half[2]) - 1 == pytest.approx((float(whole[1]) - 1) / 2, abs=0.011)
 
 
 def test_hires_fix_is_counted(page: Any, client: Client) -> None:
@@ -134,23 +130,22 @@ def test_hires_fix_is_counted(page: Any, client: Client) -> None:
     page.locator("#txt2img_denoising_strength input[type=number]").fill("1")
     page.keyboard.press("Tab")
     page.wait_for_timeout(WAIT)
-    both = re.search(r"≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)×", head(page))
+    both = re.search(r"≈ (\d\.\d\d)× for this picture", head(page))
     assert both is not None, head(page)
-    assert both[1] == both[2]
-    page.locator(f"{element('txt2img', 'both')} > .label-wrap").click()
+    open_fold(page, "txt2img", "both")
     page.locator(f"{element('txt2img', 'hires_pass')} label", has_text="first pass").click()
     page.wait_for_timeout(WAIT)
     first = re.search(r"≈ (\d\.\d\d)× per guided step, ≈ (\d\.\d\d)×", head(page))
     assert first is not None
     assert first[1] == both[1]
-    assert float(first[2]) - 1 == pytest.approx((float(both[2]) - 1) / 2, abs=0.011)
+    assert float(first[2]) - 1 == pytest.approx((float(both[1]) - 1) / 2, abs=0.011)
 
 
 def test_img2img_has_no_hires_controls(page: Any) -> None:
     for tab, there in (("txt2img", True), ("img2img", False)):
         page.locator("#tabs button", has_text=tab).first.click()
         panel = open_panel(page, tab)
-        page.locator(f"{element(tab, 'both')} > .label-wrap").click()
+        open_fold(page, tab, "both")
         page.wait_for_timeout(WAIT)
         assert page.locator(element(tab, "rescale")).is_visible()
         assert page.locator(element(tab, "hires_pass")).is_visible() is there
@@ -158,14 +153,15 @@ def test_img2img_has_no_hires_controls(page: Any) -> None:
 
 
 def test_a_wrong_name(page: Any, client: Client) -> None:
-    """Shown at once in red, and a generation refuses in the same words."""
+    """Shown at once in red, with what was meant, and a generation refuses in the same words; nothing stays chosen."""
     client.load_checkpoint("sd1")
     panel = open_panel(page, "txt2img", "pag")
     text_field(page, "txt2img", "pag_blocks").fill("middle, outptu.3")
     page.wait_for_timeout(WAIT)
     message = panel.locator(".sag-pag-state .sag-pag-error")
     words = message.inner_text()
-    assert words.startswith("pag_blocks: 'outptu.3' can't be used; allowed: input.1, input.2")
+    assert words.startswith("Blocks to perturb: 'outptu.3' can't be used; did you mean output.3?"), words
+    assert pressed(page) == []
     red, green, blue = map(int, re.findall(r"\d+", message.evaluate("e => getComputedStyle(e).color"))[:3])
     assert red > green + 60
     assert red > blue + 60
@@ -177,16 +173,6 @@ def test_a_wrong_name(page: Any, client: Client) -> None:
     page.wait_for_timeout(WAIT)
     assert message.count() == 0
     assert pressed(page) == ["middle", "output.3"]
-
-
-def test_a_range_that_ends_before_it_starts(page: Any, client: Client) -> None:
-    client.load_checkpoint("sd1")
-    panel = open_panel(page, "txt2img", "pag")
-    for name, value in (("pag_start", "0.8"), ("pag_end", "0.2")):
-        page.locator(f"{element('txt2img', name)} input[type=number]").fill(value)
-        page.keyboard.press("Tab")
-    page.wait_for_timeout(WAIT)
-    assert "pag_start: 0.8 can't be used; allowed: a number up to pag_end, here 0.2" in panel.inner_text()
 
 
 def test_without_our_javascript(browser: Any, webui: Server) -> None:
@@ -232,37 +218,6 @@ def test_the_pages_controls_have_the_defaults(page: Any) -> None:
             assert number(page, "txt2img", name) == parameter.default, name
     assert not ticked(page, "txt2img", "pag")
     assert not ticked(page, "txt2img", "sag")
-
-
-@pytest.fixture(scope="session")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, from npm."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("no npm: axe-core did not look at the panel in a browser")
-    folder = tmp_path_factory.mktemp("axe")
-    subprocess.run([npm, "install", "--silent", "--prefix", folder, "axe-core@4.10.3"], check=True)
-    return (Path(folder) / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_accessibility(browser: Any, webui: Server, client: Client, axe: str, theme: str) -> None:
-    client.load_checkpoint("sdxl")
-    with opened_page(browser, f"{webui.url}/?__theme={theme}") as page:
-        panel = open_panel(page, "txt2img", "pag", "sag")
-        page.locator(f"{element('txt2img', 'both')} > .label-wrap").click()
-        block(page, "input.7").click()
-        text_field(page, "txt2img", "sag_block").fill("nowhere")
-        page.wait_for_timeout(WAIT)
-        screenshot(panel, f"panel-{theme}")
-        page.evaluate(axe)
-        found = page.evaluate("id => axe.run(id)", element("txt2img", "panel"))
-    serious = [
-        (problem["id"], node["html"][:200], node["failureSummary"][:300])
-        for problem in found["violations"] if problem["impact"] in ("serious", "critical")
-        for node in problem["nodes"]
-    ]
-    assert serious == [], json.dumps(serious, indent=1)
 
 
 def asked(page: Any) -> list[str]:

@@ -89,8 +89,8 @@ def test_a_translation(browser: Any, start_server: Callable[..., Server], tmp_pa
     words = {
         "PAG scale": "PAG-Stärke", "How strongly to steer. 2 to 4 is usual with a prompt, 5 without CFG.": "Wie stark.",
         "per guided step": "je Schritt", "for this picture": "für dieses Bild", "off": "aus",
-        "Click to choose, shift-click for a range. From left to right as the U-Net runs, lower is coarser.": "Klicken.",
-        "Preset": "Vorlage", "Both: contrast and hires. fix": "Für beide",
+        "Click to choose, shift-click for a range. From left to right as the model runs, lower is coarser.": "Klicken.",
+        "Preset": "Vorlage", "For both: softer contrast, hires. fix": "Für beide", "attention off (PAG)": "ohne",
     }
     folder = tmp_path / "data"
     (folder / "localizations").mkdir(parents=True)
