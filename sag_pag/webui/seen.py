@@ -62,9 +62,9 @@ def show(picture: Image.Image, views: Sequence[View]) -> Image.Image:
 
 def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
     """The picture, coloured where the mask is 1."""
-    where = Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+    sized = Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
     pixels = np.asarray(picture).astype(float)
-    covered = (np.asarray(where) > 0)[..., None]
+    covered = (np.asarray(sized) > 0)[..., None]
     return Image.fromarray(np.where(covered, 0.5 * pixels + 0.5 * _MASKED, pixels).astype(np.uint8))
 
 

@@ -11,6 +11,7 @@ import torch
 from double import SCRIPT_FILES, TITLE, Host
 
 from sag_pag.settings import PARAMETERS, Settings
+from sag_pag.webui.texts import CHOICES
 
 
 def controls(host: Host, *, is_img2img: bool = False) -> list[Any]:
@@ -31,7 +32,7 @@ def test_controls_are_in_positional_order_with_the_defaults(host: Host) -> None:
                 parameter.minimum, parameter.maximum, parameter.step
             )
         if parameter.kind == "choice":
-            assert control.kwargs["choices"] == list(parameter.choices)
+            assert control.kwargs["choices"] == [(CHOICES.get(choice, choice), choice) for choice in parameter.choices]
 
 
 def test_ids_are_told_apart(host: Host) -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sag_pag.webui.seen import POINTS, View, chosen_points, heat_map, overlay, show
+from sag_pag.webui.seen import POINTS, View, chosen_points, heat_map, overlay, show, where
 
 
 def view(progress: float) -> View:
-    return progress, torch.ones(2, 3), torch.zeros(4, 6)
+    return where(progress, None), torch.ones(2, 3), torch.zeros(4, 6)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (20, [0, 6, 13, 19])])
@@ -48,3 +48,10 @@ def test_the_sheet_has_a_column_for_each_point(size: tuple[int, int]) -> None:
     widths = [sheet.width for sheet in sheets]
     assert widths[1] - widths[0] == (widths[2] - widths[1]) / 2
     assert np.asarray(sheets[0].crop((0, 0, widths[0], 24)).convert("L")).min() < 100, "no label"
+
+
+def test_a_column_says_which_pass_it_is_of() -> None:
+    """Two passes each go from 0 % to 100 % of the way."""
+    assert where(0.5, None) == "50% of the way"
+    assert where(0.5, "first pass") == "first pass: 50% of the way"
+    assert where(0.5, "hires pass") == "hires pass: 50% of the way"
