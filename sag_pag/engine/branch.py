@@ -76,7 +76,7 @@ def denoise_with_branch(
     if not branch.rows:
         total = x.shape[0]
         patches = _Patches.reading(branch, rows=total)
-        with branch.watch.host_call(again=()), _applied(branch, patches, rows=total):
+        with branch.watch.host_call(total=x.shape[0], again=()), _applied(branch, patches, rows=total):
             return denoise(x, sigma, cond=cond), None
     make = {"joined": _joined, "apart": _apart}[branch.manner.perturbed]
     return make(denoise, x, sigma, cond=cond, branch=branch)
@@ -89,7 +89,7 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
     patches = _Patches.perturbing(branch, rows=combined, perturbed=range(total, combined), extra=True)
     patches.read(branch, rows=combined, rows_in_prefix=total)
     prefix = _shared(total, branch.rows, stacked=branch.manner.stacked)
-    with branch.watch.host_call(again=()), _applied(branch, patches, rows=combined, prefix=prefix):
+    with branch.watch.host_call(total=x.shape[0], again=()), _applied(branch, patches, rows=combined, prefix=prefix):
         out = denoise(with_extra(x), with_extra(sigma), cond=with_extra(cond))
     return out[:total], out[total:]
 
@@ -100,7 +100,10 @@ def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Br
     last = branch.topology.prefix(branch.perturbed[0])[-1:]
     record = _Record(total, rows, branch.watch, last=last[0] if last else None)
     reading = _Patches.reading(branch, rows=total)
-    with branch.watch.host_call(again=rows), _applied(branch, reading, rows=total, prefix=record.recording):
+    with (
+        branch.watch.host_call(total=total, again=rows),
+        _applied(branch, reading, rows=total, prefix=record.recording),
+    ):
         out = denoise(x, sigma, cond=cond)
     patches = _Patches.perturbing(branch, rows=len(rows), perturbed=range(len(rows)), extra=True)
     with (
@@ -116,7 +119,7 @@ def _repeated(
 ) -> tuple[Tensor, Tensor | None]:
     total, rows = x.shape[0], branch.rows
     reading = _Patches.reading(branch, rows=total)
-    with branch.watch.host_call(again=rows), _applied(branch, reading, rows=total, whole=False):
+    with branch.watch.host_call(total=total, again=rows), _applied(branch, reading, rows=total, whole=False):
         out = denoise(x, sigma, cond=cond)
     if missed := reading.missed():
         branch.say_failure(_NOT_EVERYWHERE.format(", ".join(missed)))

@@ -35,8 +35,8 @@ class Watch:
     """
 
     @contextmanager
-    def host_call(self, *, again: Sequence[int]) -> Iterator[None]:
-        """Around the host's own call, some rows of which a call of ours will carry ``again`` at the same picture."""
+    def host_call(self, *, total: int, again: Sequence[int]) -> Iterator[None]:
+        """Around the host's own call of ``total`` rows, of which a call of ours carries ``again`` at that picture."""
         yield
 
     @contextmanager

@@ -14,8 +14,11 @@ from typing import Any
 from sag_pag.engine.calls import APART, JOINED, Manner, Trust, moves_nothing
 from sag_pag.engine.patching import Hook
 from sag_pag.engine.topology import Topology
+from sag_pag.neighbours.animatediff import animatediff
+from sag_pag.neighbours.controlnet import controlnet
 from sag_pag.neighbours.hypertile import is_of_hypertile
 from sag_pag.neighbours.scene import Scene
+from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
 from sag_pag.neighbours.unknown import Modules
 from sag_pag.settings import Switchable
 
@@ -23,7 +26,7 @@ REPEATED = Manner(perturbed="repeated", degraded="repeated")
 """The host's own rows and no others, in every call."""
 
 Strategy = Callable[[Scene], Manner | None]
-STRATEGIES: tuple[Strategy, ...] = ()
+STRATEGIES: tuple[Strategy, ...] = (animatediff, tiled_diffusion, controlnet)
 """In this order each is asked how calls are made; one whose neighbour is not there says nothing."""
 
 

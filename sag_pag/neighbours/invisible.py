@@ -35,7 +35,7 @@ class Invisible(Watch):
         self._roots = roots
 
     @contextmanager
-    def host_call(self, *, again: Sequence[int]) -> Iterator[None]:
+    def host_call(self, *, total: int, again: Sequence[int]) -> Iterator[None]:
         """Remembers the moment before the host's call."""
         self._before = Moment(self._roots())
         yield

@@ -68,7 +68,7 @@ def test_a_call_of_ours_leaves_no_trace(fails: bool) -> None:
     expected = torch.randn(3), torch.randn(3)
     torch.manual_seed(1)
     watch = Invisible()
-    with watch.host_call(again=()):
+    with watch.host_call(total=2, again=()):
         drawn = torch.randn(3)
 
     def own_call() -> Any:
