@@ -85,3 +85,5 @@ JOINED = Manner()
 """Where nobody else is in the model and memory is not short."""
 APART = Manner(perturbed="apart")
 """Where memory is short."""
+REPEATED = Manner(perturbed="repeated", degraded="repeated")
+"""The host's own rows and no others, in every call."""

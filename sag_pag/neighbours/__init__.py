@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sag_pag.engine.calls import APART, JOINED, Manner, Trust, moves_nothing
+from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner, Trust, moves_nothing
 from sag_pag.engine.patching import Hook
 from sag_pag.engine.topology import Topology
 from sag_pag.neighbours.animatediff import animatediff
@@ -21,9 +21,6 @@ from sag_pag.neighbours.scene import Scene
 from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
 from sag_pag.neighbours.unknown import Modules
 from sag_pag.settings import Switchable
-
-REPEATED = Manner(perturbed="repeated", degraded="repeated")
-"""The host's own rows and no others, in every call."""
 
 Strategy = Callable[[Scene], Manner | None]
 STRATEGIES: tuple[Strategy, ...] = (animatediff, tiled_diffusion, controlnet)
@@ -52,14 +49,14 @@ class Neighbours:
 
         found = look()
         scene = Scene(
-            self._topology, found.without(is_of_hypertile), look, short_of_memory, moves, denoise, size, acting
+            self._topology, found.without(is_of_hypertile), look, self._trust, short_of_memory, moves, denoise, size, acting
         )
+        self._names = scene.found.names()
         for strategy in STRATEGIES:
             manner = strategy(scene)
             if manner is not None:
                 return manner
         if scene.found.anybody:
-            self._names = scene.found.names()
             return replace(REPEATED, watch=scene.watch, trust=self._trust)
         if short_of_memory:
             return replace(APART, watch=scene.watch, moves=moves)

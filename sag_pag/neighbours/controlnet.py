@@ -5,7 +5,8 @@ row is it reads from the row itself, so that any of the host's rows may make a c
 a call of ours at the same picture takes what its models put out in the host's, cut to our rows. What it keeps by row
 from its first call is cut for the time of our calls.
 
-Its reference modes and style align let rows look at each other: these are left to the general way.
+Its reference modes and style align let rows look at each other: there the host's rows run once more. What its first
+call has encoded, with random numbers, is encoded once more too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sag_pag.engine.calls import APART, Manner, Watch
+from sag_pag.engine.calls import APART, REPEATED, Manner, Watch
 from sag_pag.engine.patching import Forward, forward_replaced
 from sag_pag.engine.rows import copied, take_rows
 from sag_pag.neighbours.scene import Scene
@@ -28,6 +29,7 @@ NAME = "ControlNet"
 _FORWARD = "UnetHook.hook.<locals>.forward_webui"
 _RUN_IN_EACH_CALL = {"ControlNet", "ControlNetUnion", "InstantID", "ControlLoRA"}
 _BY_ROW = {*_RUN_IN_EACH_CALL, "T2I_Adapter", "IPAdapter", "Controlllite"}
+_ENCODED = "controlnet_vae_cache"
 _KEPT_BY_ROW = ("used_hint_cond_latent", "used_hint_inpaint_hijack")
 
 
@@ -35,13 +37,14 @@ def controlnet(scene: Scene) -> Manner | None:
     """Calls of the rows that are needed, where ControlNet alone is in the U-Net, with models that allow it."""
     own = [change for change in scene.found.changes if _is_its_forward(scene, change)]
     others = [change for change in scene.found.changes if change not in own]
-    if not own or scene.found.layers or not all(_is_adapter(change) for change in others):
+    if not own:
         return None
     captured = _captured(own[0].function)
-    hook = captured.get("outer")
-    units = list(getattr(hook, "control_params", None) or ())
-    if captured.get("batch_option_uint_separate") or not all(map(_treats_rows_alike, units)):
-        return None
+    units = list(getattr(captured.get("outer"), "control_params", None) or ())
+    alone = not scene.found.layers and all(_is_adapter(change) for change in others)
+    if not alone or captured.get("batch_option_uint_separate") or not all(map(_treats_rows_alike, units)):
+        process = captured.get("process")
+        return replace(REPEATED, trust=scene.trust, watch=lambda: EncodedAgain(process, scene.watch()))
     return replace(APART, moves=scene.moves, watch=lambda: ControlNetWatch(units, scene.watch()))
 
 
@@ -80,6 +83,32 @@ def _treats_rows_alike(unit: Any) -> bool:
     )
 
 
+class EncodedAgain(Watch):
+    """What ControlNet has encoded in the host's call is not there yet in ours. It is kept by the generation."""
+
+    def __init__(self, process: Any, unnoticed: Watch) -> None:
+        self._process = process
+        self._unnoticed = unnoticed
+        self._before: dict[str, Any] = {}
+
+    @contextmanager
+    def host_call(self, *, total: int, again: Sequence[int]) -> Iterator[None]:
+        """Remembers what had been encoded."""
+        self._before = dict(getattr(getattr(self._process, _ENCODED, None), "cache", {}))
+        with self._unnoticed.host_call(total=total, again=again):
+            yield
+
+    @contextmanager
+    def own_call(self, rows: Sequence[int], *, same_picture: bool) -> Iterator[None]:
+        """Only that is there."""
+        with ExitStack() as stack:
+            stack.enter_context(self._unnoticed.own_call(rows, same_picture=same_picture))
+            encoded = getattr(self._process, _ENCODED, None)
+            if encoded is not None:
+                stack.enter_context(_set(encoded, "cache", dict(self._before)))
+            yield
+
+
 class ControlNetWatch(Watch):
     """Keeps what ControlNet's models put out in the host's call, by row, for our call at the same picture."""
 
@@ -89,6 +118,7 @@ class ControlNetWatch(Watch):
         self._total = 0
         self._again: Sequence[int] = ()
         self._out: dict[nn.Module, list[Any]] = {}
+        self._kept: list[tuple[Any, str, Any]] = []
 
     @contextmanager
     def host_call(self, *, total: int, again: Sequence[int]) -> Iterator[None]:
@@ -107,7 +137,7 @@ class ControlNetWatch(Watch):
         """Puts out what was recorded, or at another picture runs the models for ``rows``."""
         owners = [(unit, name) for unit in self._units for name in _KEPT_BY_ROW]
         owners += [(unit.control_model, "cache") for unit in self._units if _kind(unit) == "IPAdapter"]
-        kept = [(owner, name, self._cut(getattr(owner, name), rows)) for owner, name in owners if hasattr(owner, name)]
+        kept = self._kept = [(owner, name, self._cut(getattr(owner, name), rows)) for owner, name in owners if hasattr(owner, name)]
         with ExitStack() as stack:
             stack.enter_context(self._unnoticed.own_call(rows, same_picture=same_picture))
             for owner, name, value in kept:
@@ -120,7 +150,10 @@ class ControlNetWatch(Watch):
         return self._unnoticed.passed()
 
     def skip_to(self, passed: Any) -> None:
+        """Others are where they were then; what is cut to our rows stays so."""
         self._unnoticed.skip_to(passed)
+        for owner, name, value in self._kept:
+            setattr(owner, name, value)
 
     def _cut(self, value: Any, rows: Sequence[int]) -> Any:
         return take_rows(value, rows, total=self._total)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sag_pag.engine.calls import Watch, moves_nothing
+from sag_pag.engine.calls import Trust, Watch, moves_nothing
 from sag_pag.engine.patching import Hook
 from sag_pag.engine.topology import Topology
 from sag_pag.neighbours.invisible import Invisible
@@ -28,13 +28,15 @@ class BesideError(Exception):
 class Scene:
     """A step that is about to be guided.
 
-    ``found`` is what others have changed in the U-Net, ``look`` finds it anew. ``denoise`` is what will be called, with
+    ``found`` is what others have changed in the U-Net, ``look`` finds it anew; ``trust`` is the run's in what is
+    not known. ``denoise`` is what will be called, with
     latents of ``size`` (height, width), ``acting`` are the features that act.
     """
 
     topology: Topology
     found: Found
     look: Callable[[], Found]
+    trust: Trust
     short_of_memory: bool = False
     moves: Callable[[Hook], bool] = moves_nothing
     denoise: Any = None

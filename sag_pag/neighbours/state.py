@@ -128,9 +128,15 @@ class State:
     def _module(self, module: nn.Module) -> None:
         """A module of torch: what has been put on it beside its own parameters and parts."""
         own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        counters = {name: value for name, value in own.items() if isinstance(value, (int, float, list, dict))}
+        counters = {name: value for name, value in own.items() if _counts(name, value)}
         names = vars(module)
-        self._before.append(functools.partial(names.update, counters))
+
+        def restore_counters() -> None:
+            for name in [name for name, value in names.items() if _counts(name, value) and name not in own]:
+                del names[name]
+            names.update(counters)
+
+        self._before.append(restore_counters)
 
         def restore() -> None:
             for name in [name for name in names if not name.startswith("_") and name not in own]:
@@ -147,6 +153,10 @@ class State:
 
     def _wait_for(self, things: Iterable[Any]) -> None:
         self._waiting.extend(_some(things))
+
+
+def _counts(name: str, value: Any) -> bool:
+    return not name.startswith("_") and isinstance(value, (int, float, list, dict))
 
 
 def _some(things: Iterable[Any]) -> Iterator[Any]:

@@ -16,7 +16,6 @@ from sag_pag.engine.calls import APART, JOINED, Manner
 from sag_pag.engine.perturbations import Place, swapped_tokens
 from sag_pag.engine.rows import take_rows
 from sag_pag.engine.topology import Topology
-from sag_pag.neighbours import REPEATED
 from sag_pag.neighbours.invisible import Invisible
 from sag_pag.settings import Settings
 

@@ -18,7 +18,6 @@ from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace
 from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import Topology
-from sag_pag.neighbours import REPEATED
 from sag_pag.settings import Settings
 
 TINY = UNetKwargs(
