@@ -6,6 +6,7 @@ fields of ``Settings`` is the positional order of the API and therefore public: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -62,7 +63,9 @@ class SettingError(ValueError):
         if parameter.kind == "blocks" and isinstance(self.value, str) and not self.value.strip(", "):
             return f"{parameter.label}: choose a block."
         wrong = self._what_is_wrong("an empty field" if self.value is None else f'"{self.value}"')
-        return f"{parameter.label}: {wrong}{'' if self.meant else ';'} possible: {self.allowed}."
+        labels = {name: about.label for name, about in PARAMETERS.items()}
+        allowed = re.sub(r"\w+", lambda word: labels.get(word[0], word[0]), self.allowed)
+        return f"{parameter.label}: {wrong}{'' if self.meant else ';'} possible: {allowed}."
 
 
 @dataclass(frozen=True)
