@@ -1,7 +1,7 @@
 """The one definition of every parameter.
 
-User interface, API, infotext, X/Y/Z axes and the README's table are all made from ``PARAMETERS``. The order of the
-fields of ``Settings`` is the positional order of the API and therefore public: append only.
+User interface, API, infotext, X/Y/Z axes and the reference page's table are all made from ``PARAMETERS``. The order of
+the fields of ``Settings`` is the positional order of the API and therefore public: append only.
 """
 
 from __future__ import annotations
