@@ -73,12 +73,13 @@ NEEDS_NAME = "A preset needs a name."
 UNSEEN = "The name holds a character that can't be seen, such as a line break."
 CHOOSE_OWN = "Choose a preset of your own first."
 
+AXIS_GROUPS: dict[Feature, str] = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
 TICK = "✔."
-UNTRANSLATED = (CHOOSE_ONE, SEEN_MASK, SEEN_ATTENTION, SEEN, PERCENT, READ_AGAIN, TICK)
+UNTRANSLATED = (
+    CHOOSE_ONE, SEEN_MASK, SEEN_ATTENTION, SEEN, PERCENT, *PASSES.values(), READ_AGAIN, TICK, *AXIS_GROUPS.values(),
+)
 """Said to screen readers alone, drawn into a picture, joined to other texts, or never seen: the WebUI translates none
 of these."""
-
-AXIS_GROUPS: dict[Feature, str] = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
 
 
 def axis_label(parameter: Parameter) -> str:

@@ -30,13 +30,14 @@ def on_the_page() -> Iterator[str]:
         yield parameter.label
         yield parameter.help
         yield texts.axis_label(parameter)
-        yield from (texts.CHOICES.get(choice, choice) for choice in parameter.choices)
+        yield from (choice for choice in parameter.choices if choice not in texts.CHOICES)
     for preset in BUILT_IN:
         yield preset.name
         yield preset.description
-    for name, text in vars(texts).items():
-        if name.isupper() and isinstance(text, str) and text not in texts.UNTRANSLATED:
-            yield from filter(None, texts.parts(text))
+    for name, value in vars(texts).items():
+        if name.isupper() and isinstance(value, (str, dict)):
+            shown = [value] if isinstance(value, str) else value.values()
+            yield from (part for text in shown if text not in texts.UNTRANSLATED for part in texts.parts(text) if part)
     for name in BLOCKS_OF.values():
         yield SettingError(name, "", "").for_people
 
