@@ -49,7 +49,8 @@ class Neighbours:
 
         found = look()
         scene = Scene(
-            self._topology, found.without(is_of_hypertile), look, self._trust, short_of_memory, moves, denoise, size, acting
+            self._topology, found.without(is_of_hypertile), look, self._trust, short_of_memory, moves, denoise, size,
+            acting,
         )
         self._names = scene.found.names()
         for strategy in STRATEGIES:

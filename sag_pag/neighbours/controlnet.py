@@ -137,7 +137,9 @@ class ControlNetWatch(Watch):
         """Puts out what was recorded, or at another picture runs the models for ``rows``."""
         owners = [(unit, name) for unit in self._units for name in _KEPT_BY_ROW]
         owners += [(unit.control_model, "cache") for unit in self._units if _kind(unit) == "IPAdapter"]
-        kept = self._kept = [(owner, name, self._cut(getattr(owner, name), rows)) for owner, name in owners if hasattr(owner, name)]
+        kept = self._kept = [
+            (owner, name, self._cut(getattr(owner, name), rows)) for owner, name in owners if hasattr(owner, name)
+        ]
         with ExitStack() as stack:
             stack.enter_context(self._unnoticed.own_call(rows, same_picture=same_picture))
             for owner, name, value in kept:

@@ -119,7 +119,9 @@ def small(host: Host, settings: dict[str, Any], *, put_on: Put, unet: nn.Module,
 def test_nothing_of_the_neighbours_is_guidance(
     host: Host, unet: nn.Module, put_on: Put, settings: dict[str, Any], apart: bool
 ) -> None:
-    fields: dict[str, Any] = {"negative_prompt": "blurry and much longer than the prompt is", "batch_size": 2} if apart else {}
+    fields: dict[str, Any] = {"batch_size": 2}
+    if apart:
+        fields["negative_prompt"] = "blurry and much longer than the prompt is"
     plain, _ = small(host, {}, put_on=put_on, unet=unet, **fields)
     guided, text = small(host, settings, put_on=put_on, unet=unet, **fields)
     torch.testing.assert_close(guided, plain, rtol=1e-4, atol=2e-3)

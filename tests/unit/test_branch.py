@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
 from sag_pag.engine.attention import MapCapture, unchanged_inputs
 from sag_pag.engine.branch import Branch, denoise_with_branch
-from sag_pag.engine.calls import APART, JOINED, Manner
+from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner
 from sag_pag.engine.perturbations import Place, swapped_tokens
 from sag_pag.engine.rows import take_rows
 from sag_pag.engine.topology import Topology
