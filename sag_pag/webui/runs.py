@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fastapi import HTTPException
 from torch import Tensor
 
 from sag_pag.engine.plan import ChosenBlocks, StepPlan, check_blocks_of, choose_blocks, plan_step, scales_at
@@ -26,24 +27,25 @@ from sag_pag.webui.record import Record
 from sag_pag.webui.seen import where
 
 
-class RefusedError(ValueError):
+class RefusedError(ValueError, HTTPException):  # type: ignore[misc]
     """A generation refused for what was asked for: as text for the page, and for the API a status code, detail and
-    body.
+    body. To the API's server an ``HTTPException`` is an answer and not a failure, whose traceback it would print.
     """
 
     def __init__(self, error: SettingError) -> None:
-        super().__init__(error.for_people)
-        self.status_code = 422
-        self.detail = str(error)
+        HTTPException.__init__(self, status_code=422, detail=str(error))
+        self.args = (error.for_people,)
         self.body: dict[str, Any] = {
             "field": error.field, "value": repr(error.value), "allowed": error.allowed, "meant": list(error.meant),
         }
 
+    def __str__(self) -> str:
+        return str(self.args[0])
+
     @classmethod
     def beside(cls, error: BesideError) -> RefusedError:
         """Refused because of another extension."""
-        field = f"{error.feature}_enabled"
-        made = cls(SettingError(field, True, error.way_out))
+        made = cls(SettingError(f"{error.feature}_enabled", True, error.way_out))
         made.args, made.detail = (str(error),), str(error)
         made.body |= {"neighbour": error.neighbour}
         return made

@@ -1,4 +1,4 @@
-"""Real extensions in the real WebUI: ``WEBUI_DIR`` names the one, ``NEIGHBOURS_DIR`` a folder of checkouts of the others."""
+"""Real extensions in the real WebUI: ``WEBUI_DIR`` names the one, ``NEIGHBOURS_DIR`` a folder with the others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every row of the table: null, tiny, off again, the picture's text, refusals. Writes ``docs/neighbours.csv``.
 
-Where the map has one token identity attention is attention and an empty mask is none: guidance must do nothing there. At
-a scale near 0 the picture must be the unguided one: what differs, our calls have done to the host's.
+Where the map has one token identity attention is attention and an empty mask is none: guidance must do nothing there.
+At a scale near 0 the picture must be the unguided one: what differs, our calls have done to the host's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from server import REPOSITORY, Installation, Server, ensure_checkpoints, running
 TITLE = "Self-Attention & Perturbed-Attention Guidance"
 NULL = {"pag": {"pag_enabled": True, "pag_scale": 20}, "sag": {"sag_enabled": True, "sag_scale": 5, "sag_threshold": 3}}
 TINY = {
-    "pag": {"pag_enabled": True, "pag_scale": 1e-6}, "sag": {"sag_enabled": True, "sag_scale": 1e-6, "sag_threshold": 0},
+    "pag": {"pag_enabled": True, "pag_scale": 1e-6},
+    "sag": {"sag_enabled": True, "sag_scale": 1e-6, "sag_threshold": 0},
 }
 LEVEL = 1
 """Of 255, by which a picture may differ."""
