@@ -63,7 +63,7 @@ class TimestepEmbedder(VectorEmbedder):
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         half = self.sinusoids // 2
-        angles = t[:, None].to(dtype) * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
         return super().forward(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
