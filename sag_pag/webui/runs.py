@@ -247,7 +247,7 @@ class GuidedRun:
         """After sampling: if not every step was guided that was to be, the record says so."""
         for feature, reason in self._refused.items():
             if feature in self._acted:
-                self.record.note(f"{feature.upper()} not applied to the end, {reason}", self.p)
+                self.record.note(f"{feature.upper()} not applied throughout, {reason}", self.p)
             else:
                 self.record.give_up(feature, reason, self.p)
         if not self.steps_announced:
