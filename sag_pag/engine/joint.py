@@ -87,8 +87,8 @@ def joint_identity(place: Place, tokens: JointTokens, _: Settings) -> tuple[Tens
     heads = int(picture.attn.num_heads)  # type: ignore[union-attr, arg-type]
     text_qkv, text_rest = text.pre_attention(tokens.context, tokens.c)  # type: ignore[operator]
     picture_qkv, picture_rest = picture.pre_attention(tokens.x, tokens.c)  # type: ignore[operator]
-    cq, ck, cv = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in text_qkv)
-    xq, xk, xv = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in picture_qkv)
+    cq, ck, cv = (_by_head(part, heads) for part in text_qkv)
+    xq, xk, xv = (_by_head(part, heads) for part in picture_qkv)
     attended = attend_to_self_and_text(xq, xk, xv, text_key=ck, text_value=cv)
     x: Tensor = picture.post_attention(_merged(attended), *picture_rest)  # type: ignore[operator]
     if text.pre_only:
@@ -118,6 +118,11 @@ def attend_to_self_and_text(
             weights = torch.cat([q @ transposed, (q * k).sum(dim=-1, keepdim=True)], dim=-1).softmax(dim=-1)
             made.append((weights[..., :-1] @ text + weights[..., -1:] * v).to(value.dtype))
         return torch.cat(made, dim=2)
+
+
+def _by_head(part: Tensor, heads: int) -> Tensor:
+    """As ``(rows, heads, places, size)``; the WebUI's values are parted by head already, its queries and keys not."""
+    return part.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _merged(by_head: Tensor) -> Tensor:
