@@ -122,7 +122,7 @@ def attend_to_self_and_text(
 
 def _by_head(part: Tensor, heads: int) -> Tensor:
     """As ``(rows, heads, places, size)``; the WebUI's values are parted by head already, its queries and keys not."""
-    return part.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return part.reshape(part.shape[0], part.shape[1], heads, -1).transpose(1, 2)
 
 
 def _merged(by_head: Tensor) -> Tensor:
