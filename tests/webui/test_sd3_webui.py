@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import element, open_panel, opened_page, screenshot, text_field
 from client import Client, Picture
 from conftest import EXTENSIONS, ServerFactory
 from server import HERE, Installation, Server
@@ -173,6 +174,24 @@ def test_after_a_u_net_and_before_one(client: Client) -> None:
     client.txt2img(expect=422, **guided(**PAG))
     client.load_checkpoint("sd3")
     assert same(client.txt2img(**guided(**PAG)).image, expected.image)
+
+
+def test_the_map_in_a_browser(browser: Any, sd3: Server, client: Client) -> None:
+    """One line of joint blocks to click on; where SAG's map would be it says why there is none."""
+    with opened_page(browser, sd3.url) as page:
+        panel = open_panel(page, "txt2img", "pag", "sag")
+        page.wait_for_timeout(1500)
+        cells = page.locator(f"{element('txt2img', 'pag_blocks_map')} button")
+        assert [cell.get_attribute("data-name") for cell in cells.all()] == [f"joint.{n}" for n in range(4)]
+        pressed = page.locator(f"{element('txt2img', 'pag_blocks_map')} button[aria-pressed='true']")
+        assert [cell.get_attribute("data-name") for cell in pressed.all()] == ["joint.2"]
+        screenshot(panel, "sd3")
+        cells.nth(1).click()
+        assert text_field(page, "txt2img", "pag_blocks").input_value() == "joint.1, joint.2"
+        tops = {round(cell.bounding_box()["y"]) for cell in cells.all()}
+        assert len(tops) == 1
+        assert "SAG is defined for the U-Net" in page.locator(element("txt2img", "sag_block_map")).first.inner_text()
+        assert "×" in panel.locator(".sag-pag-head").inner_text()
 
 
 def test_the_literal_mask_in_the_webuis_own_transformer(installation: Installation) -> None:
