@@ -152,6 +152,7 @@ class JointTopology(Topology):
     pictures attend once.
     """
 
+    chained = True
     perturbations = {IDENTITY: Perturbation("attention", joint_identity, _identity_products)}  # noqa: RUF012
 
     def __init__(self, network: nn.Module) -> None:
@@ -190,9 +191,6 @@ class JointTopology(Topology):
     def prefix(self, first: AttentionSite) -> list[nn.Module]:
         """Joint blocks alone: what runs before them takes next to nothing."""
         return list(self.blocks[: first.index])
-
-    def passed_on(self, first: AttentionSite) -> list[nn.Module]:
-        return list(self.blocks[: max(first.index - 1, 0)])
 
     def layers(self) -> list[nn.Module]:
         return list(self.blocks)
