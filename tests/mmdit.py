@@ -105,7 +105,8 @@ class DismantledBlock(nn.Module):
 
     def pre_attention(self, x: Tensor, c: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
         shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
-        qkv = self.attn.qkv(modulated(self.norm1(x), shift, scale)).chunk(3, dim=-1)
+        q, k, v = self.attn.qkv(modulated(self.norm1(x), shift, scale)).chunk(3, dim=-1)
+        qkv = q, k, v.unflatten(-1, (self.attn.num_heads, -1))  # there, too, the values alone are parted by head
         return qkv, None if self.pre_only else (x, *rest)
 
     def post_attention(
@@ -133,7 +134,7 @@ def joined(
     picture_qkv, picture_rest = block.x_block.pre_attention(x, c)
     heads = block.x_block.attn.num_heads
     q, k, v = (
-        torch.cat(pair, dim=1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        torch.cat(pair, dim=1).flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
         for pair in zip(text_qkv, picture_qkv, strict=True)
     )
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)

@@ -98,6 +98,8 @@ class Topology(ABC):
     sites: tuple[AttentionSite, ...]
     perturbations: ClassVar[Mapping[str, Perturbation]]
     """What perturbed rows can do in this family."""
+    chained: ClassVar[bool] = False
+    """Whether each module of a prefix puts out what it gets in the same form, for the next one alone."""
 
     @abstractmethod
     def is_still(self, network: nn.Module) -> bool:
@@ -114,10 +116,6 @@ class Topology(ABC):
     @abstractmethod
     def prefix(self, first: AttentionSite) -> list[nn.Module]:
         """The modules that run before ``first``, as large as possible."""
-
-    def passed_on(self, first: AttentionSite) -> list[nn.Module]:
-        """Those of the prefix whose output the next one of them gets as it is, and nobody else."""
-        return []
 
     @abstractmethod
     def layers(self) -> list[nn.Module]:

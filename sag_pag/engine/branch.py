@@ -79,8 +79,8 @@ def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Br
     total, rows = x.shape[0], branch.rows
     own = partial(take_rows, rows=rows, total=total)
     record: dict[nn.Module, Any] = {}
-    passed_on = branch.topology.passed_on(branch.perturbed[0])
-    recorded = _recorded(record, rows, total=total, but=passed_on)
+    chained = branch.topology.chained
+    recorded = _recorded(record, rows, total=total, chained=chained)
     with (
         branch.watch.host_call(), _applied(branch, _Patches.reading(branch, rows=total), rows=total, prefix=recorded),
     ):
@@ -88,7 +88,7 @@ def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Br
     patches = _Patches.perturbing(branch, rows=len(rows), perturbed=range(len(rows)), extra=True)
     with (
         branch.watch.own_call(rows, same_picture=True), _not_moved(branch),
-        _applied(branch, patches, rows=len(rows), prefix=_replayed(record, but=passed_on)),
+        _applied(branch, patches, rows=len(rows), prefix=_replayed(record, chained=chained)),
     ):
         perturbed = denoise(own(x), own(sigma), cond=own(cond))
     return out, perturbed
@@ -198,18 +198,19 @@ def _shared(total: int, rows: Sequence[int]) -> MakePrefixForward:
 
 
 def _recorded(
-    record: dict[nn.Module, Any], rows: Sequence[int], *, total: int, but: Sequence[nn.Module],
+    record: dict[nn.Module, Any], rows: Sequence[int], *, total: int, chained: bool,
 ) -> MakePrefixForward:
-    """Prefix modules run as always, and what they put out for ``rows`` is kept, ``but`` for some that need not be."""
+    """Prefix modules run as always, and what they put out for ``rows`` is kept; of a chain what its last one does."""
+    seen: set[nn.Module] = set()
 
     def make(module: nn.Module, host: Forward) -> Forward:
-        if module in but:
-            return host
-
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if module in record:
+            if module in seen:
                 raise RuntimeError("PAG needs the whole picture in one model call; another extension makes several")
+            seen.add(module)
             out = host(*args, **kwargs)
+            if chained:
+                record.clear()
             # a copy: others may change their skip connections in place
             record[module] = copied(take_rows(out, rows, total=total))
             return out
@@ -219,12 +220,12 @@ def _recorded(
     return make
 
 
-def _replayed(record: dict[nn.Module, Any], *, but: Sequence[nn.Module]) -> MakePrefixForward:
-    """Prefix modules put out what was recorded; those ``but`` which nothing was, what they get."""
+def _replayed(record: dict[nn.Module, Any], *, chained: bool) -> MakePrefixForward:
+    """Prefix modules put out what was recorded; those of a chain before its last one, what they get."""
 
     def make(module: nn.Module, host: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return args if module in but else record.pop(module)
+            return args if chained and module not in record else record.pop(module)
 
         return forward
 

@@ -87,8 +87,8 @@ def joint_identity(place: Place, tokens: JointTokens, _: Settings) -> tuple[Tens
     heads = int(picture.attn.num_heads)  # type: ignore[union-attr, arg-type]
     text_qkv, text_rest = text.pre_attention(tokens.context, tokens.c)  # type: ignore[operator]
     picture_qkv, picture_rest = picture.pre_attention(tokens.x, tokens.c)  # type: ignore[operator]
-    cq, ck, cv = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in text_qkv)
-    xq, xk, xv = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in picture_qkv)
+    cq, ck, cv = (_by_head(part, heads) for part in text_qkv)
+    xq, xk, xv = (_by_head(part, heads) for part in picture_qkv)
     attended = attend_to_self_and_text(xq, xk, xv, text_key=ck, text_value=cv)
     x: Tensor = picture.post_attention(_merged(attended), *picture_rest)  # type: ignore[operator]
     if text.pre_only:
@@ -120,6 +120,11 @@ def attend_to_self_and_text(
         return torch.cat(made, dim=2)
 
 
+def _by_head(part: Tensor, heads: int) -> Tensor:
+    """As ``(rows, heads, places, size)``; the WebUI's values are parted by head already, its queries and keys not."""
+    return part.reshape(part.shape[0], part.shape[1], heads, -1).transpose(1, 2)
+
+
 def _merged(by_head: Tensor) -> Tensor:
     """``(rows, heads, places, size)`` as ``(rows, places, channels)``."""
     return by_head.transpose(1, 2).flatten(2)
@@ -147,6 +152,7 @@ class JointTopology(Topology):
     pictures attend once.
     """
 
+    chained = True
     perturbations = {IDENTITY: Perturbation("attention", joint_identity, _identity_products)}  # noqa: RUF012
 
     def __init__(self, network: nn.Module) -> None:
@@ -185,9 +191,6 @@ class JointTopology(Topology):
     def prefix(self, first: AttentionSite) -> list[nn.Module]:
         """Joint blocks alone: what runs before them takes next to nothing."""
         return list(self.blocks[: first.index])
-
-    def passed_on(self, first: AttentionSite) -> list[nn.Module]:
-        return list(self.blocks[: max(first.index - 1, 0)])
 
     def layers(self) -> list[nn.Module]:
         return list(self.blocks)

@@ -14,6 +14,7 @@ from mmdit import PATCH, JointBlock, MMDiT, Shape, joined, literal_mask, redrawn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sag_pag.engine import branch as branch_module
 from sag_pag.engine import joint
 from sag_pag.engine.attention import unchanged_inputs
 from sag_pag.engine.blocks import BlockNameError
@@ -131,11 +132,48 @@ def test_which_blocks_run_with_which_rows(model: MMDiT) -> None:
     assert denoise.blocks == [*((n, 4) for n in range(6)), *((n, 2) for n in range(2, 6))]
 
 
-def test_of_an_own_call_one_blocks_output_is_kept(model: MMDiT) -> None:
-    topology = JointTopology(model)
-    first = topology.resolve("joint.4")[0]
-    assert [*topology.passed_on(first), topology.blocks[3]] == topology.prefix(first) == list(topology.blocks[:4])
-    assert topology.passed_on(topology.resolve("joint.0")[0]) == []
+def test_for_an_own_call_one_blocks_output_is_kept(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    pop = dict.pop
+
+    class Record(dict[Any, Any]):
+        def pop(self, *args: Any) -> Any:
+            kept.append(len(self))
+            return pop(self, *args)
+
+    made = branch_module._replayed
+    monkeypatch.setattr(branch_module, "_replayed", lambda record, *, chained: made(Record(record), chained=chained))
+    x, t, cond = inputs()
+    denoise_with_branch(Denoise(model), x, t, cond=cond, branch=branch(model, "joint.4", [0], APART))
+    assert kept == [1]
+
+
+@manners
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+def test_a_model_that_leaves_a_block_out(manner: Manner, left_out: int) -> None:
+    """As Forge does when it is told to; also the last one before the perturbed one."""
+    whole, less = (redrawn(SHAPE, seed=3, dtype=torch.float64) for _ in range(2))
+    skipped = [block for index, block in enumerate(less.joint_blocks) if index != left_out]
+    topology = topology_of(whole)
+    run = type(whole).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        kept = whole.joint_blocks
+        whole.joint_blocks = nn.ModuleList(block for index, block in enumerate(kept) if index != left_out)
+        try:
+            return run(whole, *args, **kwargs)
+        finally:
+            whole.joint_blocks = kept
+
+    less.joint_blocks = nn.ModuleList(skipped)
+    whole.forward = forward  # type: ignore[method-assign]
+    x, t, cond = inputs()
+    _, perturbed = denoise_with_branch(Denoise(whole), x, t, cond=cond, branch=Branch(
+        topology, unchanged_inputs, rows=[0, 1], perturbed=topology.resolve("joint.3"), manner=manner,
+        watch=manner.watch(),
+    ))
+    assert perturbed is not None
+    torch.testing.assert_close(perturbed, with_literal_mask(less, "joint.2", [0, 1]), rtol=1e-11, atol=1e-11)
 
 
 @manners
