@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from sag_pag.engine.attention import AttentionPatch, BlockPatch, KeyValueInputs, MapCapture, MapSize
+from sag_pag.engine.blocks import AttentionSite, Topology
 from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
 from sag_pag.engine.patching import Forward, forward_replaced, without_hooks
-from sag_pag.engine.perturbations import PERTURBATIONS, Perturbation, Place
+from sag_pag.engine.perturbations import Perturbation, Place
 from sag_pag.engine.rows import copied, count_rows, join_rows, stacked_rows, take_rows
-from sag_pag.engine.topology import AttentionSite, Topology
 from sag_pag.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Branch:
     @property
     def perturbation(self) -> Perturbation:
         """What perturbed rows do."""
-        return PERTURBATIONS[self.settings.pag_perturbation]
+        return self.topology.perturbations[self.settings.pag_perturbation]
 
 
 class NotRunError(RuntimeError):
@@ -97,8 +97,7 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
 def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch) -> tuple[Tensor, Tensor]:
     total, rows = x.shape[0], branch.rows
     own = partial(take_rows, rows=rows, total=total)
-    last = branch.topology.prefix(branch.perturbed[0])[-1:]
-    record = _Record(total, rows, branch.watch, last=last[0] if last else None)
+    record = _Record(branch, total)
     reading = _Patches.reading(branch, rows=total)
     with (
         branch.watch.host_call(total=total, again=rows),
@@ -164,7 +163,7 @@ def _try_again(out: Tensor, branch: Branch, call: Callable[[], Tensor]) -> None:
 
 
 class _Patches:
-    """What the modules around a call's attentions do, and the transformers that tell how large their feature map is."""
+    """What the modules around a call's attentions do, and those that tell how large the map of their tokens is."""
 
     def __init__(self) -> None:
         self.attentions: dict[AttentionSite, AttentionPatch] = {}
@@ -210,12 +209,12 @@ class _Patches:
 
     def put_on(self, stack: ExitStack) -> None:
         """Replaces the modules' forwards until the stack is closed."""
-        for transformer, size in self.sizes.items():
-            stack.enter_context(forward_replaced(transformer, size.watch))
+        for sizing, size in self.sizes.items():
+            stack.enter_context(forward_replaced(sizing, size.watch))
         for site, block in self.blocks.items():
-            stack.enter_context(forward_replaced(site.transformer_block, block.wrap))
+            stack.enter_context(forward_replaced(site.module_at("block"), block.wrap))
         for site, attention in self.attentions.items():
-            stack.enter_context(forward_replaced(site.attention, attention.wrap))
+            stack.enter_context(forward_replaced(site.module_at("attention"), attention.wrap))
 
     def missed(self) -> list[str]:
         """The attentions that did not run as they should have."""
@@ -224,12 +223,13 @@ class _Patches:
         return [site.name for site in missed]
 
     def _size_at(self, site: AttentionSite) -> MapSize:
-        return self.sizes.setdefault(site.transformer, MapSize())
+        module, patch = site.sized_by
+        return self.sizes.setdefault(module, MapSize(patch))
 
 
-def _perturb(branch: Branch, site: AttentionSite, map_size: MapSize, tokens: Tensor) -> Tensor:
-    place = Place(site.attention, map_size.known(), branch.key_value_inputs)
-    return branch.perturbation.run(place, tokens, branch.settings)
+def _perturb(branch: Branch, site: AttentionSite, map_size: MapSize, *args: Any, **kwargs: Any) -> Any:
+    place = Place(site.module_at("attention"), map_size.known(), branch.key_value_inputs)
+    return branch.perturbation.run(place, site.tokens(*args, **kwargs), branch.settings)
 
 
 def _read(branch: Branch, site: AttentionSite, map_size: MapSize, capture: MapCapture, tokens: Tensor) -> None:
@@ -263,26 +263,37 @@ def _shared(total: int, rows: Sequence[int], *, stacked: bool) -> MakePrefixForw
 
 
 class _Record:
-    """What the prefix modules of a call of ``total`` rows put out for ``rows``, to be put out once more.
+    """What the prefix modules of a call of ``total`` rows put out for the branch's, to be put out once more; of a chain
+    of modules what its last one did.
 
-    ``last`` is the last of them: a call that leaves them out goes on from where the first call was after it.
+    A call that leaves them out goes on from where the first call was after the last of them.
     """
 
-    def __init__(self, total: int, rows: Sequence[int], watch: Watch, *, last: nn.Module | None) -> None:
-        self._total, self._rows, self._watch, self._last = total, rows, watch, last
+    def __init__(self, branch: Branch, total: int) -> None:
+        self._rows, self._total, self._watch = branch.rows, total, branch.watch
+        self._chained = branch.topology.chained
+        self._last = branch.topology.prefix(branch.perturbed[0])[-1:]
         self._out: dict[nn.Module, Any] = {}
+        self._seen: set[nn.Module] = set()
         self._passed: Any = None
+
+    def _is_last(self, module: nn.Module) -> bool:
+        return self._chained or module in self._last
 
     def recording(self, module: nn.Module, host: Forward) -> Forward:
         """Runs as always."""
 
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if module in self._out:
-                raise NotRunError("PAG needs the whole picture in one U-Net call; another extension makes several")
+            if module in self._seen:
+                raise NotRunError("PAG needs the whole picture in one model call; another extension makes several")
+            self._seen.add(module)
             out = host(*args, **kwargs)
+            if self._chained:
+                self._out.clear()
             # a copy: others may change their skip connections in place
             self._out[module] = copied(take_rows(out, self._rows, total=self._total))
-            if module is self._last:
+            if self._is_last(module):
                 self._passed = self._watch.passed()
             return out
 
@@ -292,7 +303,9 @@ class _Record:
         """Puts out what was recorded."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if module is self._last:
+            if self._chained and module not in self._out:
+                return args
+            if self._is_last(module):
                 self._watch.skip_to(self._passed)
             return self._out.pop(module)
 
@@ -320,7 +333,7 @@ def _applied(
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if x.shape[0] % rows or (x.shape[0] != rows and not branch.manner.stacked):
                 raise NotRunError(
-                    f"another extension gave the U-Net {x.shape[0]} rows instead of {rows}: guidance can't be used "
+                    f"another extension gave the model {x.shape[0]} rows instead of {rows}: guidance can't be used "
                     "with pictures made in tiles"
                 )
             if patches.capture is not None:
@@ -331,7 +344,7 @@ def _applied(
 
     with ExitStack() as stack:
         if patches.any or prefix is not None:
-            stack.enter_context(forward_replaced(branch.topology.unet, checked))
+            stack.enter_context(forward_replaced(branch.topology.network, checked))
         patches.put_on(stack)
         if prefix is not None:
             for module in branch.topology.prefix(branch.perturbed[0]):

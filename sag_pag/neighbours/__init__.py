@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner, Trust, moves_nothing
 from sag_pag.engine.patching import Hook
-from sag_pag.engine.topology import Topology
 from sag_pag.neighbours.animatediff import animatediff
 from sag_pag.neighbours.controlnet import controlnet
 from sag_pag.neighbours.hypertile import is_of_hypertile

@@ -50,7 +50,7 @@ def controlnet(scene: Scene) -> Manner | None:
 
 def _is_its_forward(scene: Scene, change: Change) -> bool:
     function = getattr(change.function, "__func__", change.function)
-    return change.module is scene.topology.unet and getattr(function, "__qualname__", "") == _FORWARD
+    return change.module is scene.topology.network and getattr(function, "__qualname__", "") == _FORWARD
 
 
 def _is_adapter(change: Change) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import Trust, Watch, moves_nothing
 from sag_pag.engine.patching import Hook
-from sag_pag.engine.topology import Topology
 from sag_pag.neighbours.invisible import Invisible
 from sag_pag.neighbours.unknown import Found
 from sag_pag.settings import Switchable

@@ -1,4 +1,4 @@
-"""Who is in a U-Net besides the host, found by what they have changed in it: nobody need be known by name."""
+"""Who is in a network besides the host, found by what they have changed in it: nobody need be known by name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.patching import Hook, is_replaced
-from sag_pag.engine.topology import Topology, layers_of
 from sag_pag.neighbours.state import is_foreign, origin
 
 LAYERS = {
     "Conv2d", "Linear", "ResBlock", "SpatialTransformer", "SpatialVideoTransformer", "AttentionBlock", "Downsample",
-    "Upsample",
+    "Upsample", "JointBlock",
 }
 METHODS = ("forward", "_forward")
 _EXTENSION = re.compile(r"extensions(?:-builtin|-disabled)?[\\/]([^\\/]+)[\\/]")
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Found:
-    """All that others have changed in a U-Net, and the names of the modules put into its blocks or around them."""
+    """All that others have changed in a network, and the names of the modules put into its blocks or around them."""
 
     changes: tuple[Change, ...] = ()
     layers: tuple[nn.Module, ...] = ()
@@ -73,12 +73,12 @@ class Found:
 
 
 class Modules:
-    """A U-Net's modules, and what others have changed in them. Made once a run and model, asked in every step."""
+    """A network's modules, and what others have changed in them. Made once a run and model, asked in every step."""
 
     def __init__(self, topology: Topology) -> None:
-        self._modules = [(module, vars(module)) for module in topology.unet.modules()]
+        self._modules = [(module, vars(module)) for module in topology.network.modules()]
         self._classes = list(dict.fromkeys(type(module) for module, _ in self._modules))
-        self._layers = tuple(_foreign_layers(topology))
+        self._layers = tuple(layer for layer in topology.layers() if type(layer).__name__ not in LAYERS)
 
     def found(self, moves: Callable[[Hook], bool]) -> Found:
         """What is there now. It takes less than a millisecond. ``moves`` tells the host's own hooks."""
@@ -104,11 +104,3 @@ class Modules:
 
 def _is_of_torch(hook: Any) -> bool:
     return origin(hook).split(".")[0] == "torch" or origin(type(hook)).split(".")[0] == "torch"
-
-
-def _foreign_layers(topology: Topology) -> Iterator[nn.Module]:
-    for block in topology.blocks:
-        layers = layers_of(block)
-        if layers is not block:
-            yield block
-        yield from (layer for layer in layers.children() if type(layer).__name__ not in LAYERS)

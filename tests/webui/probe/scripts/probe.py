@@ -18,6 +18,10 @@ def _before_unet(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     STATE["calls"].append(int(x.shape[0]))
 
 
+def _middle() -> Any:
+    return _unet().joint_blocks[-1] if hasattr(_unet(), "joint_blocks") else _unet().middle_block
+
+
 def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
     if STATE["raise_at"] is not None and len(STATE["calls"]) >= STATE["raise_at"]:
         STATE["raise_at"] = None
@@ -43,7 +47,7 @@ class Probe(scripts.Script):
         unet = _unet()
         STATE["hook"] = (
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
-            unet.middle_block.register_forward_pre_hook(_before_middle),
+            _middle().register_forward_pre_hook(_before_middle),
         )
 
 
