@@ -19,11 +19,10 @@ from sag_pag.engine import joint
 from sag_pag.engine.attention import unchanged_inputs
 from sag_pag.engine.blocks import BlockNameError
 from sag_pag.engine.branch import Branch, denoise_with_branch
-from sag_pag.engine.calls import APART, JOINED, Manner
+from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner
 from sag_pag.engine.joint import JointTopology, attend_to_self_and_text
 from sag_pag.engine.topology import UNetTopology, check_names, topology_of
 from sag_pag.neighbours import Neighbours
-from sag_pag.neighbours.unknown import REPEATED
 from sag_pag.settings import PERTURBATION_NAMES, Settings
 
 SHAPE = Shape()
