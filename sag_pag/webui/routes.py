@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, Stric
 
 from sag_pag import hosts
 from sag_pag.engine.cost import UNetCost
+from sag_pag.engine.operations import attention_channels
 from sag_pag.engine.topology import AttentionSite
 from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter
@@ -97,7 +98,7 @@ def describe_block(cost: UNetCost, sites: list[AttentionSite]) -> Block:
     height, width = cost.map_sizes[first]
     return Block(
         name=first.block_name, part=first.part, transformer_blocks=[site.name for site in sites],
-        downscale=topology.downscale(first), heads=attention.heads, channels=attention.to_q.in_features,
+        downscale=topology.downscale(first), heads=attention.heads, channels=attention_channels(attention),
         resolution=[width, height], pag_cost=cost.perturbing_alone(tuple(sites)), sag_cost=cost.reading_alone(first),
     )
 
