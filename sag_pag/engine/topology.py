@@ -84,10 +84,11 @@ class AttentionSite:
 class Topology:
     """The self-attentions of one U-Net in the order in which they run.
 
-    Raises ``TypeError`` if ``unet`` is not built of ``input_blocks``, ``middle_block`` and ``output_blocks``.
+    ``runs_layers``: the U-Net runs the layers of its blocks itself and never calls a block. Raises ``TypeError`` if
+    ``unet`` is not built of ``input_blocks``, ``middle_block`` and ``output_blocks``.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, *, runs_layers: bool = False) -> None:
         try:
             inputs = list(unet.get_submodule("input_blocks").children())
             middle = unet.get_submodule("middle_block")
@@ -95,6 +96,7 @@ class Topology:
         except AttributeError as error:
             raise TypeError(f"{type(unet).__name__} has no input_blocks, middle_block and output_blocks") from error
         self.unet = unet
+        self.runs_layers = runs_layers
         self._downsamples = sum(ends_stage(block, "Downsample") for block in inputs)
         self.blocks: tuple[nn.Module, ...] = (*inputs, middle, *outputs)
         self.sites: tuple[AttentionSite, ...] = (
@@ -134,6 +136,8 @@ class Topology:
     def prefix(self, first: AttentionSite) -> list[nn.Module]:
         """The modules that run before ``first``, as large as possible: blocks, then layers, then transformer blocks."""
         modules = list(self.blocks[: self.blocks.index(first.block)])
+        if self.runs_layers:
+            modules = [layer for block in modules for layer in layers_of(block).children()]
         layers = list(first.layers.children())
         modules += layers[: layers.index(first.transformer)]
         siblings = list(first.transformer.get_submodule("transformer_blocks").children())

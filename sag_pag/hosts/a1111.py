@@ -21,7 +21,7 @@ from sag_pag.engine.patching import Forward, Hook, forward_replaced
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 from sag_pag.engine.topology import Topology
-from sag_pag.hosts.family import Family, FamilyStep
+from sag_pag.hosts.family import Family, FamilyStep, is_circular
 from sag_pag.hosts.interface import DenoiserCall, NoModelError, TakeCall, UnguidableModelError
 
 
@@ -67,8 +67,7 @@ class A1111(Family):
 
     def is_tiling(self) -> bool:
         """Whether "Tiling" has made the model's convolutions circular."""
-        out = shared.sd_model.model.diffusion_model.get_submodule("out")
-        return any(getattr(layer, "padding_mode", "") == "circular" for layer in out.modules())
+        return is_circular(shared.sd_model.model.diffusion_model)
 
 
 class A1111Step(FamilyStep):

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from modules import processing, shared
-from torch import Tensor
+from torch import Tensor, nn
 
 from sag_pag.engine.plan import HiresPass
+
+
+def is_circular(unet: nn.Module) -> bool:
+    """Whether "Tiling" has made the U-Net's convolutions circular."""
+    return any(getattr(layer, "padding_mode", "") == "circular" for layer in unet.get_submodule("out").modules())
 
 
 class Family:

@@ -18,8 +18,8 @@ COND, UNCOND = 0, 1
 
 @dataclass(frozen=True)
 class CallRows:
-    """What the rows of a call are: the kind of each row, ``images`` rows being a chunk; and one of the host's own dicts,
-    which the call's is made from.
+    """What the rows of a call are: the kind of each row, ``images`` rows being a chunk; and one of the host's own
+    dicts, which the call's is made from.
     """
 
     given: Mapping[str, Any]
@@ -42,7 +42,7 @@ class CallRows:
 
     def told(self) -> dict[str, Any]:
         """What the options say of the rows. A fork's own are rewritten, none are added."""
-        said = {
+        said: dict[str, Any] = {
             "cond_or_uncond": self.chunks,
             "cond_indices": [row for row, kind in enumerate(self.kinds) if kind == COND],
             "uncond_indices": [row for row, kind in enumerate(self.kinds) if kind == UNCOND],
@@ -60,7 +60,9 @@ class LayerOptions(dict[str, Any]):
     ``transformer_index``, is written here too.
     """
 
-    def __init__(self, rows: CallRows, *, now: Mapping[str, Any] | None = None, whole: LayerOptions | None = None) -> None:
+    def __init__(
+        self, rows: CallRows, *, now: Mapping[str, Any] | None = None, whole: LayerOptions | None = None
+    ) -> None:
         super().__init__(rows.given if now is None else now)
         super().update(rows.told())
         self.rows = rows
