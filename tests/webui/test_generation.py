@@ -156,7 +156,7 @@ def test_after_an_exception_in_the_unet(client: Client) -> None:
         client.call(f"/probe/raise-at/{call}", {})
         failed = client.request("/sdapi/v1/txt2img", DEFAULTS | guided(**BOTH))
         assert failed.status == 500
-        assert "raised by the probe" in failed.body["errors"]
+        assert "raised by the probe" in str(failed.body)
         assert state(client)["leftovers"] == []
         assert np.array_equal(client.txt2img().image, off.image)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from modules import script_callbacks, scripts, sd_unet, shared
@@ -75,8 +76,14 @@ def remove_hooks() -> None:
 def short_of_memory(on: int) -> dict[str, int]:
     """Makes a fork believe, by its own measure, that there is no free memory."""
     for name in ("backend.memory_management", "ldm_patched.modules.model_management"):
-        _replace(sys.modules.get(name), "get_free_memory", lambda *_, **__: 0, on)
+        measure = getattr(sys.modules.get(name), "get_free_memory", None)
+        _replace(sys.modules.get(name), "get_free_memory", partial(_no_memory, measure), on)
     return {"on": on}
+
+
+def _no_memory(measure: Any, device: Any = None, torch_free_too: bool = False) -> Any:
+    """Attention asks in this way, and works in pieces of what there is."""
+    return measure(device, torch_free_too) if torch_free_too else 0
 
 
 def plain_rows(on: int) -> dict[str, int]:
