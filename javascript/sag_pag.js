@@ -175,16 +175,19 @@
         return copy;
     }
 
-    // The head of an accordion is a button, also for the keyboard and for screen readers.
+    // The head of an accordion is a button, also for the keyboard and for screen readers. Where it holds a checkbox, which
+    // is one already, its arrow is.
     function asButton(label) {
-        if (label.querySelector("input") || label.tagName === "BUTTON") return;  // its checkbox opens it
-        label.tabIndex = 0;
-        label.setAttribute("role", "button");
-        const told = () => label.setAttribute("aria-expanded", String(label.classList.contains("open")));
+        if (label.tagName === "BUTTON") return;
+        const button = label.querySelector("input") ? label.lastElementChild : label;
+        if (button !== label) button.setAttribute("aria-label", label.textContent.replace(button.textContent, "").trim());
+        button.tabIndex = 0;
+        button.setAttribute("role", "button");
+        const told = () => button.setAttribute("aria-expanded", String(label.classList.contains("open")));
         new MutationObserver(told).observe(label, {attributes: true, attributeFilter: ["class"]});
         told();
-        label.addEventListener("keydown", (event) => {
-            if (event.target !== label || (event.key !== "Enter" && event.key !== " ")) return;
+        button.addEventListener("keydown", (event) => {
+            if (event.target !== button || (event.key !== "Enter" && event.key !== " ")) return;
             event.preventDefault();
             label.click();
         });

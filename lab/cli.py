@@ -216,10 +216,10 @@ def run_card(arguments: Sequence[str]) -> None:
 
 
 def run_readme(arguments: Sequence[str]) -> None:
-    """Write the README's table of parameters anew from their definition."""
+    """Write the reference page's table of parameters anew from their definition."""
     Parser(prog=f"{PROGRAM} readme", description=run_readme.__doc__).parse_args(arguments)
     readme.write_table()
-    say(str(readme.README))
+    say(str(readme.PAGE))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -139,13 +139,12 @@ _CHOSEN: dict[Mode, dict[str, dict[str, object]]] = {
 MIX = "mix"
 BEST_CFG = 2.0
 """Of CFG alone, as the map of mixes shows."""
-_CFG_ALONE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
-_MIXED_CFG = (1.0, 1.25, 1.5, 2.0, 3.0)
+_MIXED_CFG = (1.0, 1.5, 2.0, 3.0)
 _SEG: dict[str, object] = {"pag_perturbation": BLURRED}
 _MIXED: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
     "SAG": ("sag_scale", (0.375, 0.75), {}),
-    "PAG": ("pag_scale", (0.25, 0.5, 1.0), {}),
-    "SEG": ("pag_scale", (0.5, 1.0, 2.0), _SEG),
+    "PAG": ("pag_scale", (0.25, 0.5), {}),
+    "SEG": ("pag_scale", (0.5, 1.0), _SEG),
 }
 """What is mixed with CFG: a method's scale, its values, and what else it needs."""
 
@@ -189,7 +188,7 @@ def _mixed(cfg: float, label: str, values: dict[str, object], *, steps: int) -> 
 
 def mixes(steps: int = 20) -> list[Point]:
     """CFG alone, its best first, then every method at some scales with some CFG scales."""
-    alone = [_mixed(cfg, "CFG alone", {}, steps=steps) for cfg in (BEST_CFG, *_CFG_ALONE)]
+    alone = [_mixed(cfg, "CFG alone", {}, steps=steps) for cfg in (BEST_CFG, *_MIXED_CFG)]
     return [*dict.fromkeys(alone), *(
         _mixed(cfg, f"{method} {scale:g}", {**others, name: scale}, steps=steps)
         for method, (name, scales, others) in _MIXED.items() for scale in scales for cfg in _MIXED_CFG

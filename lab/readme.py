@@ -1,13 +1,14 @@
-"""The README's table of parameters."""
+"""The reference page's table of parameters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lab.pages import write_part
-from sag_pag.settings import PARAMETERS
+from sag_pag.settings import PARAMETERS, Parameter
+from sag_pag.webui import texts
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "parameters.md"
 BEGIN, END = "<!-- parameters -->", "<!-- end of parameters -->"
 
 
@@ -17,12 +18,20 @@ def parameter_table() -> str:
     for position, parameter in enumerate(PARAMETERS.values()):
         default = parameter.format(parameter.default)
         rows.append(
-            f"| {position} | `{parameter.name}` | {parameter.label} | {default} | {parameter.allowed} "
+            f"| {position} | `{parameter.name}` | {parameter.label} | {default} | {_allowed(parameter)} "
             f"| {parameter.help} |"
         )
     return "\n".join(rows)
 
 
+def _allowed(parameter: Parameter) -> str:
+    """The allowed values; of a choice the API's values, each with what the panel calls it."""
+    if parameter.kind != "choice":
+        return parameter.allowed
+    labels = {choice: texts.CHOICES.get(choice, choice) for choice in parameter.choices}
+    return "<br>".join(f"`{c}`" + (f": {label}" if label != c else "") for c, label in labels.items())
+
+
 def write_table() -> None:
-    """Replaces the table between the two marks in README.md."""
-    write_part(README, BEGIN, END, parameter_table())
+    """Replaces the table between the two marks in docs/parameters.md."""
+    write_part(PAGE, BEGIN, END, parameter_table())

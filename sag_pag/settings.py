@@ -1,11 +1,12 @@
 """The one definition of every parameter.
 
-User interface, API, infotext, X/Y/Z axes and the README's table are all made from ``PARAMETERS``. The order of the
-fields of ``Settings`` is the positional order of the API and therefore public: append only.
+User interface, API, infotext, X/Y/Z axes and the reference page's table are all made from ``PARAMETERS``. The order of
+the fields of ``Settings`` is the positional order of the API and therefore public: append only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -62,7 +63,9 @@ class SettingError(ValueError):
         if parameter.kind == "blocks" and isinstance(self.value, str) and not self.value.strip(", "):
             return f"{parameter.label}: choose a block."
         wrong = self._what_is_wrong("an empty field" if self.value is None else f'"{self.value}"')
-        return f"{parameter.label}: {wrong}{'' if self.meant else ';'} possible: {self.allowed}."
+        labels = {name: about.label for name, about in PARAMETERS.items()}
+        allowed = re.sub(r"\w+", lambda word: labels.get(word[0], word[0]), self.allowed)
+        return f"{parameter.label}: {wrong}{'' if self.meant else ';'} possible: {allowed}."
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class Settings:
         "How wide attention is blurred, in places of the block's own map. 100 is all of the map.",
         "PAG query blur", minimum=0.5, maximum=WHOLE_MAP, step=0.5, only_for=("pag_perturbation", BLURRED))
     pag_swap: float = _parameter(
-        0.1, "pag", "Share that changes seats (SSG)", "Of places, and of channels; 0.1 is the paper's.", "PAG swap",
+        0.1, "pag", "Share that is swapped (SSG)", "Of places, and of channels; 0.1 is the paper's.", "PAG swap",
         minimum=0.01, maximum=0.5, only_for=("pag_perturbation", SWAPPED))
     pag_every: int = _parameter(
         1, "pag", "PAG every n-th step", "2 guides in every second step only, for half of the extra time.", "PAG every",

@@ -242,7 +242,7 @@ def similar_names(item: str, names: Sequence[str]) -> list[str]:
     letters = re.sub(r"[\W_]", "", item.lower())
     same = [name for name in names if name.replace(".", "") == letters]
     numbered = [name for name in names if letters.isdecimal() and name.endswith(f".{int(letters[:9])}")]
-    return same or numbered or difflib.get_close_matches(item.lower(), names, n=2)
+    return same or numbered or difflib.get_close_matches(item.lower(), names, n=1)
 
 
 def check_names(text: str) -> None:

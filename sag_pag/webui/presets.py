@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sag_pag.settings import BLURRED, FIRST_OF_DECODER, PARAMETERS, SWAPPED, SettingError, Settings, Value
+from sag_pag.webui import texts
 
 MAX_NAME_LENGTH = 60
 LOCK_TIMEOUT_S = 10.0
@@ -50,8 +51,8 @@ BUILT_IN: tuple[Preset, ...] = (
     _built_in("Off", "Switches both off and puts every control back to its default."),
     _built_in(
         "SD 1.5",
-        "For SD 1.5 and 2.x at the usual CFG scale of about 7, or about 4 for softer colours and contrast. Rests on "
-        "PAG's paper.", pag_enabled=True),
+        "For SD 1.5 and 2.x with a CFG scale of about 4; at the usual 7 colours and contrast get stronger. Rests on "
+        "the example that PAG's authors give.", pag_enabled=True),
     _built_in(
         "SDXL",
         "For SDXL. Take off the CFG scale what PAG adds: 7 with PAG 2.5 becomes about 5. Rests on people's reports.",
@@ -62,7 +63,7 @@ BUILT_IN: tuple[Preset, ...] = (
         "paper.", pag_enabled=True, pag_perturbation=BLURRED),
     _built_in(
         "SDXL, swapped tokens (SSG)",
-        "For SDXL: the first six transformer blocks of the decoder, as in SSG's paper.",
+        "For SDXL: swaps in the first six transformer blocks of the decoder. Rests on SSG's paper.",
         pag_enabled=True, pag_perturbation=SWAPPED, pag_blocks=FIRST_OF_DECODER),
     _built_in(
         "Few steps (Lightning, Turbo, LCM)",
@@ -71,7 +72,7 @@ BUILT_IN: tuple[Preset, ...] = (
     _built_in(
         "No prompt, or repair",
         "For an empty prompt, or img2img at a low denoising strength: set the CFG scale to 1, which switches CFG off. "
-        "Rests on PAG's paper.", pag_enabled=True, pag_scale=5.0),
+        "Rests on PAG's paper and the example that its authors give.", pag_enabled=True, pag_scale=5.0),
     _built_in(
         "Subtle",
         "For a picture that is nearly good: the composition stays, edges and hands get a little sounder. Rests on "
@@ -93,11 +94,11 @@ def checked_name(name: object) -> str:
     """``name`` without space around it. Raises ``PresetError`` if it can't be a preset's name."""
     text = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
     if not text:
-        raise PresetError("A preset needs a name.")
+        raise PresetError(texts.NEEDS_NAME)
     if len(text) > MAX_NAME_LENGTH:
         raise PresetError(f"The name has {len(text)} characters; up to {MAX_NAME_LENGTH} are allowed.")
     if not text.isprintable():
-        raise PresetError("The name holds a character that can't be seen, such as a line break.")
+        raise PresetError(texts.UNSEEN)
     return text
 
 
@@ -215,7 +216,7 @@ class PresetStore:
     def get_own(self, name: str | None) -> Preset:
         """The user's own preset of this name. Raises ``PresetError``, also for one that is built in."""
         if not name:
-            raise PresetError("Choose a preset of your own first.")
+            raise PresetError(texts.CHOOSE_OWN)
         preset = self.get(name)
         if preset.built_in:
             raise PresetError(f'"{preset.name}" is built in and can\'t be renamed or deleted.')

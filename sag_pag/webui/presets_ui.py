@@ -103,7 +103,7 @@ class PresetControls:
             self.store.all()
         except PresetError as unreadable:
             error = error or unreadable
-        lines = [f"<span>{html.escape(text)}</span>"] if text else []
+        lines = [_translatable(text)] if text else []
         if name is not None:
             lines[-1] += f" <b>{html.escape(name)}</b>"
         lines += [
@@ -169,6 +169,11 @@ class PresetControls:
             return renamed, texts.RENAMED
         self.store.delete(about)
         return None, texts.DELETED
+
+
+def _translatable(text: str) -> str:
+    """``text`` as HTML, its ticks outside of the elements."""
+    return f" {texts.TICK} ".join(f"<span>{html.escape(part)}</span>" for part in texts.parts(text))
 
 
 def _button(text: str, tooltip: str, elem_id: str) -> Any:

@@ -123,4 +123,6 @@ def summary(settings: Mapping[str, Any], names: Sequence[str]) -> str:
 def _shown(value: Value | None) -> str:
     if value is None:
         return "?"
+    if isinstance(value, str):
+        return texts.CHOICES.get(value, value)
     return "✓" if value is True else f"{value:g}" if isinstance(value, float) else str(value)

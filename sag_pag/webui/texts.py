@@ -1,7 +1,12 @@
 """Every text of the panel that is not a parameter's own label or help, nor a preset's.
 
 Each is shown as a text of its own, never joined to another, so that the WebUI's localisation files can translate it.
+They are in ``localizations``; what is not translated is in ``UNTRANSLATED``.
 """
+
+from __future__ import annotations
+
+from sag_pag.settings import Feature, Parameter
 
 PANEL = "Self-Attention & Perturbed-Attention Guidance"
 MORE = "More"
@@ -64,3 +69,26 @@ ASK_DELETE = "Delete this preset?"
 SAVED = "Saved as"
 RENAMED = "Renamed to"
 DELETED = "Deleted:"
+NEEDS_NAME = "A preset needs a name."
+UNSEEN = "The name holds a character that can't be seen, such as a line break."
+CHOOSE_OWN = "Choose a preset of your own first."
+
+AXIS_GROUPS: dict[Feature, str] = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
+TICK = "✔."
+UNTRANSLATED = (
+    CHOOSE_ONE, SEEN_MASK, SEEN_ATTENTION, SEEN, PERCENT, *PASSES.values(), READ_AGAIN, TICK, *AXIS_GROUPS.values(),
+)
+"""Said to screen readers alone, drawn into a picture, joined to other texts, or never seen: the WebUI translates none
+of these."""
+
+
+def axis_label(parameter: Parameter) -> str:
+    """A parameter's name in the X/Y/Z plot's list of axes, such as ``[PAG] Scale``."""
+    group = AXIS_GROUPS[parameter.feature]
+    label = "Enable" if parameter.name.endswith("_enabled") else parameter.label.removeprefix(f"{group} ")
+    return f"[{group}] {label[0].upper()}{label[1:]}"
+
+
+def parts(text: str) -> list[str]:
+    """``text`` without its ticks: the WebUI translates no text with an emoji in it."""
+    return [part.strip() for part in text.split(TICK)]

@@ -15,6 +15,7 @@ from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_by
 from sag_pag.webui import texts
 from sag_pag.webui.runs import RefusedError
+from sag_pag.webui.texts import axis_label
 
 _PLOTTED = "sag_pag_plotted"
 """Attribute of a cell's processing object: the parameters that its axes have set so far."""
@@ -22,15 +23,6 @@ _PLOTTED = "sag_pag_plotted"
 _NUMBER = r"([+-]?\d+(?:\.\d*)?)"
 _RANGE = re.compile(rf"{_NUMBER}\s*-\s*{_NUMBER}\s*\(\s*{_NUMBER}\s*\)")
 """What the plot computes with steps: start, end, step. It goes on until a step is beyond the end."""
-
-_GROUPS = {"sag": "SAG", "pag": "PAG", "both": "SAG/PAG"}
-
-
-def axis_label(parameter: Parameter) -> str:
-    """The name in the axis dropdown, such as ``[PAG] Scale``."""
-    group = _GROUPS[parameter.feature]
-    label = "Enable" if parameter.name.endswith("_enabled") else parameter.label.removeprefix(f"{group} ")
-    return f"[{group}] {label[0].upper()}{label[1:]}"
 
 
 def register_axes() -> None:

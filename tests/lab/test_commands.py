@@ -72,7 +72,7 @@ def test_what_guidance_leads_away_from(tmp_path: Path, capsys: pytest.CaptureFix
     assert Image.open(tmp_path / "x.png").size == (150 + 8 * 134, 5 * 134)
 
 
-@pytest.mark.parametrize(("command", "module", "name"), [("card", card, "CARD"), ("readme", readme, "README")])
+@pytest.mark.parametrize(("command", "module", "name"), [("card", card, "CARD"), ("readme", readme, "PAGE")])
 def test_tables_of_the_pages_are_written_anew(
     command: str, module: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def test_built_in_presets() -> None:
     for preset in BUILT_IN:
         assert checked_name(preset.name) == preset.name
         assert preset.description.endswith(".")
+        assert preset.name == "Off" or "Rests on " in preset.description
         preset.settings().check_order()
         assert set(preset.values) <= set(PARAMETERS)
     by_name = {preset.name: preset.settings() for preset in BUILT_IN}

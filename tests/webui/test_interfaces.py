@@ -113,9 +113,11 @@ def test_axes_switch_features_on(client: Client) -> None:
 
 @pytest.mark.parametrize(("label", "values"), [
     ("[SAG] Enable", "False, True"), ("[SAG] Mask threshold", "0.5, 1.2"), ("[SAG] Blur sigma", "0.5, 3"),
-    ("[SAG] Block to read", "middle, output.3"), ("[SAG] Start", "0, 0.5"), ("[SAG] End", "0.5, 1"),
+    ("[SAG] Read attention from", "middle, output.3"), ("[SAG] Start", "0, 0.5"), ("[SAG] End", "0.5, 1"),
     ("[PAG] Enable", "False, True"), ("[PAG] Blocks to perturb", '"middle, output.4", input.4'),
     ("[PAG] Start", "0, 0.5"), ("[PAG] End", "0.5, 1"), ("[PAG] Fade to the end", "False, True"),
+    ("[PAG] Steer away from", "identity, swapped tokens"),
+    ("[PAG] Every n-th step", "1, 2"), ("[SAG] Every n-th step", "1, 2"),
 ])  # fmt: skip
 def test_every_axis_changes_the_picture(label: str, values: str, client: Client) -> None:
     client.load_checkpoint("sd1")
@@ -124,7 +126,7 @@ def test_every_axis_changes_the_picture(label: str, values: str, client: Client)
 
 
 @pytest.mark.parametrize(("label", "values"), [
-    ("[SAG/PAG] Rescale", "0, 0.7"), ("[SAG/PAG] Rescale mode", "full, snf"),
+    ("[SAG/PAG] Softer contrast (rescale)", "0, 0.7"), ("[SAG/PAG] What is softened", "full, snf"),
 ])
 def test_shared_axes(label: str, values: str, client: Client) -> None:
     """These switch nothing on by themselves: there is no telling which feature is meant."""
@@ -144,7 +146,7 @@ def test_every_parameter_has_one_axis(client: Client) -> None:
 
 @pytest.mark.parametrize(("label", "values"), [
     ("[PAG] Scale", "1, 99"), ("[PAG] Scale", "1, x"), ("[PAG] Blocks to perturb", "middle, nowhere"),
-    ("[PAG] Enable", "True, maybe"), ("[SAG/PAG] Rescale mode", "full, half"),
+    ("[PAG] Enable", "True, maybe"), ("[SAG/PAG] What is softened", "full, half"),
 ])
 def test_a_bad_value_is_refused_before_the_first_picture(label: str, values: str, client: Client) -> None:
     client.load_checkpoint("sd1")

@@ -105,7 +105,8 @@ def test_a_translation(browser: Any, start_server: Callable[..., Server], tmp_pa
         head = panel.locator(".sag-pag-head")
         assert head.inner_text() == "aus"
         open_panel(page, "txt2img", "pag")
-        page.wait_for_timeout(1000)
+        page.locator(f"{element('txt2img', 'pag_every')} input[type=number]").fill("2")  # so that both costs are shown
+        page.wait_for_timeout(1500)
         text = panel.inner_text()
         screenshot(panel, "panel-translated")
     for original, translated in words.items():

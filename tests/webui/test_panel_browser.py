@@ -76,8 +76,12 @@ def test_everything_by_keyboard(page: Any, client: Client) -> None:
     assert label.get_attribute("aria-expanded") == "true"
     page.locator(f"{element(TAB, 'pag_enabled')}-visible-checkbox").focus()
     page.keyboard.press(" ")
+    assert page.locator(f"{element(TAB, 'pag_enabled')}-visible-checkbox").is_checked()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
     page.wait_for_timeout(500)
     assert page.locator(element(TAB, "pag_scale")).is_visible()
+    assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
     reached = []
     for _ in range(6):
         page.keyboard.press("Tab")
@@ -107,7 +111,7 @@ def test_a_range_is_told_beside_its_sliders(page: Any, client: Client) -> None:
     assert 0 <= below["y"] - (above["y"] + above["height"]) < 20
     assert "a setting can't be used" in head(page).inner_text()
     page.locator("#txt2img_generate").click()
-    refused = "Guidance: PAG start: 0.8 can't be used"
+    refused = 'Guidance: PAG start: "0.8" can\'t be used; possible: a number up to PAG end, here 0.2.'
     page.wait_for_function("words => document.body.innerText.includes(words)", arg=refused, timeout=30_000)
     assert "RefusedError" not in page.locator("body").inner_text()
     set_number(page, "pag_end", "0.9")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import element, number, open_panel, opened_page, screenshot, ticked
+from browser import element, number, open_fold, open_panel, opened_page, screenshot, ticked
 from browser import load as load_page
 from client import Client
 from server import Server
@@ -96,6 +96,7 @@ def test_choosing_sets_every_control(page: Any, file: Path) -> None:
     assert (number(page, TAB, "pag_scale"), number(page, TAB, "sag_scale")) == (2.0, 0.5)
     assert "nearly twice the time" in status(page)
     screenshot(page, "preset-chosen")
+    open_fold(page, TAB, "pag")
     page.locator(f"{element(TAB, 'pag_blocks')} :is(textarea, input)").fill("output.3")
     choose(page, "No prompt, or repair")
     assert ticked(page, TAB, "pag")
@@ -149,6 +150,7 @@ def test_values_that_were_changed_since(page: Any, file: Path) -> None:
 
 def test_an_own_preset_through_its_life(page: Any, webui: Server, file: Path) -> None:
     choose(page, "Structure and detail (both)")
+    open_fold(page, TAB, "pag")
     page.locator(f"{element(TAB, 'pag_blocks')} :is(textarea, input)").fill("middle, output.3")
     press(page, "rename")
     assert "built in" in status(page)

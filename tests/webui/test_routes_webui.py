@@ -78,7 +78,7 @@ def test_schema(client: Client) -> None:
         for key in ("feature", "label", "help", "infotext"):
             assert item[key] == getattr(parameter, key)
         assert item["type"] == parameter.kind
-        number = parameter.kind == "float"
+        number = parameter.kind in ("float", "int")
         assert item["minimum"] == (parameter.minimum if number else None)
         assert item["maximum"] == (parameter.maximum if number else None)
         assert item["step"] == (parameter.step if number else None)
