@@ -129,6 +129,8 @@ def test_every_other_sampler(client: Client, host: str) -> None:
         if client.request("/sdapi/v1/txt2img", {**DEFAULTS, **request}).status != 200:
             continue
         off = client.txt2img(**request)
+        if off.image.std() < 1:
+            continue  # for models of another kind: a picture of one colour
         plain, on = state(client)["calls"], client.txt2img(**request, **guided(**BOTH))
         calls = state(client)["calls"]
         again = client.txt2img(**request)
