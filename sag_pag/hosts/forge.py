@@ -27,7 +27,7 @@ from sag_pag.engine.topology import Topology
 from sag_pag.hosts.control import control_of, copied_lists
 from sag_pag.hosts.family import Family, FamilyStep, is_circular
 from sag_pag.hosts.interface import DenoiserCall, NoModelError, TakeCall, UnguidableModelError
-from sag_pag.hosts.options import COND, UNCOND, CallRows, LayerOptions
+from sag_pag.hosts.options import COND, UNCOND, CallRows, LayerOptions, transformers_before
 from sag_pag.hosts.replaced import replacements_as_forwards, without_replaced_attentions
 
 WRAPPER, MODIFIERS = "model_function_wrapper", "conditioning_modifiers"
@@ -184,7 +184,10 @@ class ForgeStep(FamilyStep):
         cond = {
             "c": {key: value for key, value in c.items() if key not in ("transformer_options", "control")},
             "control": c.get("control"), "picture": x,
-            "rows": CallRows(given, kinds, len(rows) // len(args["cond_or_uncond"])),
+            "rows": CallRows(
+                given, kinds, len(rows) // len(args["cond_or_uncond"]),
+                transformers_before(self.patcher.model.diffusion_model),
+            ),
         }
 
         def denoise(x: Tensor, sigma: Tensor, *, cond: Any) -> Any:

@@ -7,10 +7,11 @@ conditional, and the U-Net writes there where it is. Calls of other rows than th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 COND, UNCOND = 0, 1
 """What forks call the two kinds of chunks."""
@@ -18,13 +19,14 @@ COND, UNCOND = 0, 1
 
 @dataclass(frozen=True)
 class CallRows:
-    """What the rows of a call are: the kind of each row, ``images`` rows being a chunk; and one of the host's own
-    dicts, which the call's is made from.
+    """What the rows of a call are: the kind of each row, ``images`` rows being a chunk; one of the host's own dicts,
+    which the call's is made from; and how many transformers there are before each block.
     """
 
     given: Mapping[str, Any]
     kinds: tuple[int, ...]
     images: int
+    before: Mapping[Any, int] = field(default_factory=dict)
 
     @property
     def chunks(self) -> list[int]:
@@ -55,9 +57,24 @@ class CallRows:
         return {key: value for key, value in said.items() if key in self.given}
 
 
+def transformers_before(unet: nn.Module) -> dict[Any, int]:
+    """By part and number of a block, as the U-Net tells its layers where they are."""
+    blocks = [
+        *((("input", number), block) for number, block in enumerate(unet.get_submodule("input_blocks").children())),
+        (("middle", 0), unet.get_submodule("middle_block")),
+        *((("output", number), block) for number, block in enumerate(unet.get_submodule("output_blocks").children())),
+    ]
+    before, count = dict[Any, int](), 0
+    for place, block in blocks:
+        before[place] = count
+        count += sum(hasattr(layer, "transformer_blocks") for layer in block.children())
+    return before
+
+
 class LayerOptions(dict[str, Any]):
     """The options as the layers get them. For some of the rows there are others, and what is written there, such as
-    ``transformer_index``, is written here too.
+    ``transformer_index``, is written here too. Blocks that do not run in a call, because what they put out is known,
+    do not count their transformers: so that is counted anew at each block.
     """
 
     def __init__(
@@ -70,6 +87,8 @@ class LayerOptions(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
+        if key == "block" and value in self.rows.before:
+            super().__setitem__("transformer_index", self.rows.before[value])
         if self.whole is not None:
             self.whole[key] = value
 

@@ -1,6 +1,6 @@
-"""The double as a fork: the order of rows, several calls, options handed down, popped control lists, replaced attentions.
+"""The double as a fork: order of rows, several calls, options handed down, popped control lists, replaced attentions.
 
-``forked`` makes the double's CFG denoiser and its checkpoints those of Forge (``backend``) or reForge (``ldm_patched``).
+``forked`` makes the double's CFG denoiser and its checkpoints those of Forge (``backend``) or reForge.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Model:
 
 
 def calc_cond_uncond_batch(model: Any, cond: Any, uncond: Any, x: Tensor, sigma: Tensor, options: Any) -> list[Tensor]:
-    """The chunks in one call or, without memory, in one call each; the last prompt first, the unconditional one before."""
+    """The chunks in one call or, without memory, each in one; the last prompt first, the unconditional one before."""
     free = import_module(MEMORY[model.checkpoint.fork]).FREE[0]
     to_run = [*((prompt, COND) for prompt in cond), *((prompt, UNCOND) for prompt in uncond or ())]
     total, weights = [torch.zeros_like(x), torch.zeros_like(x)], [1e-37, 1e-37]
@@ -222,7 +222,8 @@ def forward(
     options = {**patcher.model_options, **(model_options or {})}
 
     def compiled(text: Any, **more: Any) -> dict[str, Any]:
-        made = {"c_crossattn": text["crossattn"], "y": text["vector"]} if isinstance(text, dict) else {"c_crossattn": text}
+        is_xl = isinstance(text, dict)
+        made = {"c_crossattn": text["crossattn"], "y": text["vector"]} if is_xl else {"c_crossattn": text}
         if image_cond.shape[2:] == x.shape[2:]:
             made["c_concat"] = image_cond
         return {**made, "control": patcher.controlnet, **more}
@@ -264,7 +265,8 @@ class Control:
     def get_control(self, x: Tensor, t: Tensor, c: Any, chunks: int) -> Any:
         self.pictures.append(len(x))
         assert len(self.transformer_options["cond_or_uncond"]) == chunks  # type: ignore[attr-defined]
-        return {"input": [], "output": [], "middle": [x.mean(dim=(1, 2, 3), keepdim=True) + t[:, None, None, None] / 10]}
+        given = x.mean(dim=(1, 2, 3), keepdim=True) + t[:, None, None, None] / 10
+        return {"input": [], "output": [], "middle": [given]}
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
@@ -283,14 +285,15 @@ def make_fork(checkpoint: Any, kind: str) -> None:
         if isinstance(module, ForkBlock):
             attention = module.attn1
             module.n_heads, module.d_head = attention.heads, attention.to_q.out_features // attention.heads
-    unet = SimpleNamespace(model=Model(checkpoint), model_options={"transformer_options": {}}, controlnet=None, limits={})
-    checkpoint.forge_objects = SimpleNamespace(unet=unet)
+    options = {"transformer_options": {}}
+    patcher = SimpleNamespace(model=Model(checkpoint), model_options=options, controlnet=None, limits={})
+    checkpoint.forge_objects = SimpleNamespace(unet=patcher)
 
 
 @contextmanager
 def forked(kind: str) -> Iterator[double.Host]:
     """A freshly started double of a fork with the extension in it."""
-    names = [name for name in ("modules_forge", "backend", "ldm_patched")]
+    names = ("modules_forge", "backend", "ldm_patched")
     paths = [str(HERE / "fork"), str(HERE / f"fork_{'ldm' if kind == 'ldm_patched' else 'backend'}")]
     sys.path[:0] = paths
     made, double._CHECKPOINTS = double._CHECKPOINTS, {}  # the others' stay those of A1111's WebUI

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 COMMON = (
-    "--api", "--skip-torch-cuda-test", "--skip-prepare-environment", "--skip-version-check", "--no-download-sd-model",
+    "--api", "--skip-torch-cuda-test", "--skip-prepare-environment", "--skip-version-check",
     "--disable-console-progressbars",
 )  # fmt: skip
+NO_DOWNLOADS = ("--do-not-download-clip", "--no-download-sd-model")
 A1111 = "a1111"
 
 
@@ -36,10 +37,10 @@ class Host:
 
 HOSTS: Mapping[str, Host] = {
     A1111: Host(
-        "WEBUI_DIR", ("--no-half", "--use-cpu", "all", "--do-not-download-clip"), loads_at_start=True,
+        "WEBUI_DIR", ("--no-half", "--use-cpu", "all", *NO_DOWNLOADS), loads_at_start=True,
     ),
-    "forge": Host("FORGE_DIR", ("--always-cpu", "--all-in-fp32", "--do-not-download-clip")),
-    "reforge": Host("REFORGE_DIR", ("--always-cpu", "--all-in-fp32", "--do-not-download-clip")),
+    "forge": Host("FORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS)),
+    "reforge": Host("REFORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS)),
     # it waits for a key where its config.json does not hold this
     "neo": Host("NEO_DIR", ("--cpu", "--force-fp32"), {"VERSION_UID": "PY313"}),
 }
