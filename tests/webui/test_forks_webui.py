@@ -1,4 +1,4 @@
-"""What forks have of their own to hold ours to, and what is the same in every WebUI: rows that are shared."""
+"""What forks have of their own to hold ours to, and what is the same in every WebUI: shared rows, counted costs."""
 
 from __future__ import annotations
 
@@ -69,13 +69,31 @@ def test_the_shared_prefix_gives_the_same_picture(
 ) -> None:
     """As extra rows that run through the whole U-Net."""
     load_known(client, checkpoint, installation.name)
-    shared = client.txt2img(**guided(**BOTH, pag_blocks=blocks)).image
+    settings = BOTH if blocks == "middle" else {"pag_scale": 3.0}  # SAG reads in what else is shared
+    shared = client.txt2img(**guided(**settings, pag_blocks=blocks)).image
     client.call("/probe/plain_rows/1", {})
     try:
-        plain = client.txt2img(**guided(**BOTH, pag_blocks=blocks)).image
+        plain = client.txt2img(**guided(**settings, pag_blocks=blocks)).image
     finally:
         client.call("/probe/plain_rows/0", {})
     assert largest(shared, plain) <= 1
+
+
+def counted(client: Client, **request: Any) -> int:
+    """Floating-point operations of all U-Net calls of a picture."""
+    client.call("/probe/count/1", {})
+    client.txt2img(steps=1, **request)
+    operations: int = client.call("/probe/count/0", {})["counted"]
+    return operations
+
+
+@pytest.mark.parametrize("checkpoint", ["sd1", "sdxl"])
+def test_counted_costs(checkpoint: str, client: Client, installation: Any) -> None:
+    load_known(client, checkpoint, installation.name)
+    off = counted(client)
+    assert counted(client, **guided(pag_scale=3.0)) / off <= 1.35
+    assert 1.49 < counted(client, **guided(sag_scale=0.75)) / off < 1.53
+    assert counted(client, **guided(**BOTH)) / off <= 1.86
 
 
 @pytest.mark.only_on("forge", "reforge", "neo")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from typing import Any
 
+import torch
 from modules import script_callbacks, scripts, sd_unet, shared
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,11 +27,16 @@ def _unet() -> Any:
     return shared.sd_model.model.diffusion_model
 
 
+def _linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of a Linear layer; in inference mode torch does not take it apart into products that it counts."""
+    return 2 * math.prod(x) * int(weight[0])
+
+
 def _before_unet(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["x"]
     STATE["calls"].append(int(x.shape[0]))
     if STATE["counted"] is not None:
-        STATE["counter"] = FlopCounterMode(display=False)
+        STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
         STATE["counter"].__enter__()
 
 
