@@ -28,7 +28,9 @@ BLOCKS_OF: dict[Switchable, str] = {"sag": "sag_block", "pag": "pag_blocks"}
 DEFAULT_BLOCKS = "middle"
 FIRST_OF_DECODER = "output.0.0-5"
 """SDXL's first transformer blocks after the middle."""
-UNTYPED_BLOCKS = (DEFAULT_BLOCKS, FIRST_OF_DECODER)
+SD3_EXAMPLE = "joint.13"
+"""Of SD3-medium's 24 blocks the one in diffusers' example."""
+UNTYPED_BLOCKS = (DEFAULT_BLOCKS, FIRST_OF_DECODER, SD3_EXAMPLE)
 """Lists that nobody need have typed, the default's and the built-in presets': on a model that has nothing of one, the
 block nearest to it stands in."""
 LONGEST_LIST = 2000

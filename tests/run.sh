@@ -27,7 +27,7 @@ fi
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -q --ignore=tests/oracles/test_diffusers.py --ignore=tests/webui \
+.venv/bin/python -m pytest -q --ignore-glob="tests/oracles/test_diffusers*.py" --ignore=tests/webui \
   --ignore=tests/demo/test_page.py
 if command -v chromium chromium-browser google-chrome >/dev/null; then
   BROWSER_TESTS=1 .venv-page/bin/python -m pytest -q tests/demo/test_page.py
@@ -40,7 +40,7 @@ else
   echo "WEBUI_DIR is not set: the tests in a real WebUI did not run"
 fi
 if [ "$has_diffusers" = 1 ]; then
-  .venv-diffusers/bin/python -m pytest -q tests/oracles/test_diffusers.py
+  .venv-diffusers/bin/python -m pytest -q tests/oracles/test_diffusers*.py
 else
   echo "Python 3.10: diffusers' pipelines, which need 3.11, were not compared with"
 fi

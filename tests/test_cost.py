@@ -21,7 +21,7 @@ from sag_pag.demo.unet import CrossAttention, UNetModel, redraw_
 from sag_pag.engine import attention as attention_module
 from sag_pag.engine.attention import AttentionPatch, MapCapture, attention_received, unchanged_inputs
 from sag_pag.engine.plan import plan_at
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 MIB = 2**20
@@ -80,7 +80,7 @@ def test_what_does_nothing_costs_nothing(layout: str, settings: str) -> None:
     """No step of guidance is made at all, so the host's own denoiser runs."""
     config, _ = step_config(layout)
     with torch.device("meta"):
-        topology = Topology(UNetModel(**config))
+        topology = UNetTopology(UNetModel(**config))
     assert plan_at(UNGUIDED[settings], topology, progress=0.5) is None
     assert cost_table(layout)["off"] == cost_table(layout)["CFG"]
 
@@ -100,7 +100,7 @@ def test_the_count_has_the_attention_in_it(layout: str) -> None:
     """
     config, latent = step_config(layout)
     with torch.device("meta"):
-        topology = Topology(UNetModel(**config))
+        topology = UNetTopology(UNetModel(**config))
     per_row = 0
     for site in topology.sites:
         down = {320: 1, 640: 2, 1280: 4}[site.attention.to_q.in_features]  # type: ignore[union-attr, index]

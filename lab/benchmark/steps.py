@@ -17,7 +17,7 @@ from sag_pag.engine.plan import plan_at
 from sag_pag.engine.rows import StepRows
 from sag_pag.engine.spaces import SigmaSpace
 from sag_pag.engine.step import GuidedStep
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 CONFIGS: dict[str, Callable[[], UNetKwargs]] = {"sd1": sd15_config, "sd2": sd2_config, "sdxl": sdxl_config}
@@ -84,7 +84,7 @@ class Step:
 
     def run(self, method: Method, *, progress: float = 0.5) -> Tensor:
         """The step's guided x0, ``(batch, 4, latent, latent)``."""
-        topology = Topology(self.unet)
+        topology = UNetTopology(self.unet)
         plan = plan_at(method.settings, topology, progress=progress)
         x = torch.cat([self.x, self.x])
         sigma = torch.full((len(x),), SIGMA, device=x.device, dtype=x.dtype)

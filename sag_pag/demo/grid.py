@@ -14,7 +14,7 @@ from sag_pag.demo.layers import fused_attention
 from sag_pag.demo.model import DemoModel
 from sag_pag.demo.sampling import Recipe, count_gigaflops, sample
 from sag_pag.engine.plan import check_blocks
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 CAPTIONS = (
@@ -106,7 +106,7 @@ def check_settings(model: DemoModel, settings: Settings) -> None:
     """Raises ``SettingError`` if a row could not be made: a range that ends before it starts, an unknown block."""
     everything = settings.with_values(VARIANTS[-1][1])
     everything.check_order()
-    check_blocks(everything, Topology(model.unet))
+    check_blocks(everything, UNetTopology(model.unet))
 
 
 def draw_grid(rows: Sequence[Row], captions: Sequence[str], *, seeds: Sequence[int], zoom: int = 2) -> Image.Image:

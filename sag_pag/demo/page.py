@@ -29,7 +29,7 @@ from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
 from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
 from sag_pag.demo.model import OWN_DEFAULTS, DemoModel
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import PARAMETERS, Settings
 from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.texts import PANEL as TITLE
@@ -76,7 +76,7 @@ def build_page(model: DemoModel) -> gr.Blocks:
                     steps = gr.Slider(1, MOST_STEPS, value=20, step=1, label="Steps", elem_id="demo_steps")
                     cfg = gr.Slider(1, 15, value=3, step=0.5, label="CFG scale", info="1 is off", elem_id="demo_cfg")
                 generate = gr.Button("Generate", variant="primary", elem_id="demo_generate")
-                panel = Panel(elem_id, switch=None, model=lambda: Topology(model.unet))
+                panel = Panel(elem_id, switch=None, model=lambda: UNetTopology(model.unet))
                 side = gr.Number(8 * SIZE // FACTOR, visible=False)  # the panel reckons 8 pixels a latent pixel
                 _suit(panel)
                 panel.connect(Surroundings(width=side, height=side, steps=steps, cfg_scale=cfg))

@@ -18,7 +18,7 @@ from sag_pag.engine.plan import choose_blocks, plan_step, scales_at
 from sag_pag.engine.rows import StepRows
 from sag_pag.engine.spaces import SigmaSpace
 from sag_pag.engine.step import GuidedStep
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -85,7 +85,7 @@ class GuidedDenoiser:
     def __init__(self, model: DemoModel, recipe: Recipe, *, context: Tensor, empty: Tensor) -> None:
         self.denoise: Denoiser = model.denoise
         self.recipe = recipe
-        self.topology = Topology(model.unet)
+        self.topology = UNetTopology(model.unet)
         self.images = len(context)
         self.cond = context if recipe.cfg == 1 else torch.cat((context, empty))
         self.rows = StepRows.plain(self.images)

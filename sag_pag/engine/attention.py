@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sag_pag.engine.patching import Forward
-from sag_pag.engine.rows import join_rows, take_rows
+from sag_pag.engine.rows import join_rows, replace_rows, take_rows
 from sag_pag.guidance import without_autocast
 
 KeyValueInputs = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -60,20 +60,24 @@ def _received_in_row(attention: nn.Module, tokens: Tensor, key_value_inputs: Key
 
 @dataclass
 class MapSize:
-    """Learns the feature map's height and width from the transformer that encloses an attention."""
+    """Learns the height and width of the map that an attention's tokens lie in, from the module that gets the map.
 
+    ``patch`` places of what that module gets are a token's side.
+    """
+
+    patch: int = 1
     size: tuple[int, int] | None = field(default=None, init=False)
 
     def known(self) -> tuple[int, int]:
-        """The size; the transformer around an attention runs before the attention does."""
+        """The size; the module that gets the map runs before the attention does."""
         assert self.size is not None
         return self.size
 
     def watch(self, host: Forward) -> Forward:
-        """Wraps the ``SpatialTransformer``'s forward."""
+        """Wraps the module's forward."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.size = (int(x.shape[-2]), int(x.shape[-1]))
+            self.size = (int(x.shape[-2]) // self.patch, int(x.shape[-1]) // self.patch)
             return host(x, *args, **kwargs)
 
         return forward
@@ -107,7 +111,7 @@ class MapCapture:
             )
 
 
-Perturb = Callable[[Tensor], Tensor]
+Perturb = Callable[..., Any]
 """From some rows of what an attention or a transformer block gets, what it puts out, or gets, instead."""
 
 
@@ -128,7 +132,7 @@ class AttentionPatch:
     applied: bool = field(default=False, init=False)
 
     def wrap(self, host: Forward) -> Forward:
-        """The replacement for ``host``, the attention's present forward."""
+        """The replacement for ``host``, the present forward of the module that makes the attention."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if x.shape[0] != self.rows:
@@ -138,11 +142,10 @@ class AttentionPatch:
                 self.read(x)
             if self.perturb is None:
                 return host(x, *args, **kwargs)
-            perturbed = self.perturb(take_rows(x, self.perturbed, total=self.rows))
+            some_args, some_kwargs = take_rows(((x, *args), kwargs), self.perturbed, total=self.rows)
+            perturbed = self.perturb(*some_args, **some_kwargs)
             if not self.left_out:
-                out: Tensor = host(x, *args, **kwargs).clone()
-                out[list(self.perturbed)] = perturbed
-                return out
+                return replace_rows(host(x, *args, **kwargs), self.perturbed, perturbed)
             kept = range(self.rows - len(self.perturbed))
             if not kept:
                 return perturbed
@@ -168,8 +171,7 @@ class BlockPatch:
             if x.shape[0] != self.rows:
                 return host(x, *args, **kwargs)
             self.applied = True
-            changed = x.clone()
-            changed[list(self.perturbed)] = self.perturb(take_rows(x, self.perturbed, total=self.rows))
-            return host(changed, *args, **kwargs)
+            perturbed = self.perturb(take_rows(x, self.perturbed, total=self.rows))
+            return host(replace_rows(x, self.perturbed, perturbed), *args, **kwargs)
 
         return forward

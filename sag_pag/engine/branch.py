@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sag_pag.engine.attention import AttentionPatch, BlockPatch, KeyValueInputs, MapCapture, MapSize
+from sag_pag.engine.blocks import AttentionSite, Topology
 from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
 from sag_pag.engine.patching import Forward, forward_replaced, without_hooks
-from sag_pag.engine.perturbations import PERTURBATIONS, Perturbation, Place
+from sag_pag.engine.perturbations import Perturbation, Place
 from sag_pag.engine.rows import copied, count_rows, join_rows, take_rows
-from sag_pag.engine.topology import AttentionSite, Topology
 from sag_pag.settings import Settings
 
 
@@ -45,7 +45,7 @@ class Branch:
     @property
     def perturbation(self) -> Perturbation:
         """What perturbed rows do."""
-        return PERTURBATIONS[self.settings.pag_perturbation]
+        return self.topology.perturbations[self.settings.pag_perturbation]
 
 
 def denoise_with_branch(
@@ -79,13 +79,16 @@ def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Br
     total, rows = x.shape[0], branch.rows
     own = partial(take_rows, rows=rows, total=total)
     record: dict[nn.Module, Any] = {}
-    reading = _Patches.reading(branch, rows=total)
-    with branch.watch.host_call(), _applied(branch, reading, rows=total, prefix=_recorded(record, rows, total=total)):
+    chained = branch.topology.chained
+    recorded = _recorded(record, rows, total=total, chained=chained)
+    with (
+        branch.watch.host_call(), _applied(branch, _Patches.reading(branch, rows=total), rows=total, prefix=recorded),
+    ):
         out = denoise(x, sigma, cond=cond)
     patches = _Patches.perturbing(branch, rows=len(rows), perturbed=range(len(rows)), extra=True)
     with (
         branch.watch.own_call(rows, same_picture=True), _not_moved(branch),
-        _applied(branch, patches, rows=len(rows), prefix=_replayed(record)),
+        _applied(branch, patches, rows=len(rows), prefix=_replayed(record, chained=chained)),
     ):
         perturbed = denoise(own(x), own(sigma), cond=own(cond))
     return out, perturbed
@@ -102,7 +105,7 @@ def _repeated(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch:
 
 
 class _Patches:
-    """What the modules around a call's attentions do, and the transformers that tell how large their feature map is."""
+    """What the modules around a call's attentions do, and those that tell how large the map of their tokens is."""
 
     def __init__(self) -> None:
         self.attentions: dict[AttentionSite, AttentionPatch] = {}
@@ -146,12 +149,12 @@ class _Patches:
 
     def put_on(self, stack: ExitStack) -> None:
         """Replaces the modules' forwards until the stack is closed."""
-        for transformer, size in self.sizes.items():
-            stack.enter_context(forward_replaced(transformer, size.watch))
+        for sizing, size in self.sizes.items():
+            stack.enter_context(forward_replaced(sizing, size.watch))
         for site, block in self.blocks.items():
-            stack.enter_context(forward_replaced(site.transformer_block, block.wrap))
+            stack.enter_context(forward_replaced(site.module_at("block"), block.wrap))
         for site, attention in self.attentions.items():
-            stack.enter_context(forward_replaced(site.attention, attention.wrap))
+            stack.enter_context(forward_replaced(site.module_at("attention"), attention.wrap))
 
     def missed(self) -> list[str]:
         """The attentions that did not run as they should have."""
@@ -160,12 +163,13 @@ class _Patches:
         return [site.name for site in missed]
 
     def _size_at(self, site: AttentionSite) -> MapSize:
-        return self.sizes.setdefault(site.transformer, MapSize())
+        module, patch = site.sized_by
+        return self.sizes.setdefault(module, MapSize(patch))
 
 
-def _perturb(branch: Branch, site: AttentionSite, map_size: MapSize, tokens: Tensor) -> Tensor:
-    place = Place(site.attention, map_size.known(), branch.key_value_inputs)
-    return branch.perturbation.run(place, tokens, branch.settings)
+def _perturb(branch: Branch, site: AttentionSite, map_size: MapSize, *args: Any, **kwargs: Any) -> Any:
+    place = Place(site.module_at("attention"), map_size.known(), branch.key_value_inputs)
+    return branch.perturbation.run(place, site.tokens(*args, **kwargs), branch.settings)
 
 
 def _read(branch: Branch, site: AttentionSite, map_size: MapSize, capture: MapCapture, tokens: Tensor) -> None:
@@ -193,14 +197,20 @@ def _shared(total: int, rows: Sequence[int]) -> MakePrefixForward:
     return make
 
 
-def _recorded(record: dict[nn.Module, Any], rows: Sequence[int], *, total: int) -> MakePrefixForward:
-    """Prefix modules run as always, and what they put out for ``rows`` is kept."""
+def _recorded(
+    record: dict[nn.Module, Any], rows: Sequence[int], *, total: int, chained: bool,
+) -> MakePrefixForward:
+    """Prefix modules run as always, and what they put out for ``rows`` is kept; of a chain what its last one does."""
+    seen: set[nn.Module] = set()
 
     def make(module: nn.Module, host: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if module in record:
-                raise RuntimeError("PAG needs the whole picture in one U-Net call; another extension makes several")
+            if module in seen:
+                raise RuntimeError("PAG needs the whole picture in one model call; another extension makes several")
+            seen.add(module)
             out = host(*args, **kwargs)
+            if chained:
+                record.clear()
             # a copy: others may change their skip connections in place
             record[module] = copied(take_rows(out, rows, total=total))
             return out
@@ -210,12 +220,12 @@ def _recorded(record: dict[nn.Module, Any], rows: Sequence[int], *, total: int) 
     return make
 
 
-def _replayed(record: dict[nn.Module, Any]) -> MakePrefixForward:
-    """Prefix modules put out what was recorded."""
+def _replayed(record: dict[nn.Module, Any], *, chained: bool) -> MakePrefixForward:
+    """Prefix modules put out what was recorded; those of a chain before its last one, what they get."""
 
     def make(module: nn.Module, host: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return record.pop(module)
+            return args if chained and module not in record else record.pop(module)
 
         return forward
 
@@ -241,7 +251,7 @@ def _applied(
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if x.shape[0] != rows:
                 raise RuntimeError(
-                    f"another extension gave the U-Net {x.shape[0]} rows instead of {rows}: guidance can't be used "
+                    f"another extension gave the model {x.shape[0]} rows instead of {rows}: guidance can't be used "
                     "with pictures made in tiles"
                 )
             if patches.capture is not None:
@@ -252,7 +262,7 @@ def _applied(
 
     with ExitStack() as stack:
         if patches.any or prefix is not None:
-            stack.enter_context(forward_replaced(branch.topology.unet, checked))
+            stack.enter_context(forward_replaced(branch.topology.network, checked))
         patches.put_on(stack)
         if prefix is not None:
             for module in branch.topology.prefix(branch.perturbed[0]):

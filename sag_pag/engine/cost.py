@@ -1,8 +1,4 @@
-"""What guidance costs, counted from the shapes of the U-Net's layers: nothing is run.
-
-Operations are floating-point operations of matrix products, convolutions and attention, a multiply-add being two, as
-``torch.utils.flop_counter`` counts them.
-"""
+"""What guidance costs on the U-Net, and what a picture costs on any model."""
 
 from __future__ import annotations
 
@@ -11,37 +7,34 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sag_pag.engine.blocks import AttentionSite, Topology
+from sag_pag.engine.joint import JointTopology
+from sag_pag.engine.joint_cost import JointCost
+from sag_pag.engine.model_cost import ModelCost, Size
 from sag_pag.engine.operations import convolution_operations, linear_operations, map_operations
-from sag_pag.engine.perturbations import PERTURBATIONS
-from sag_pag.engine.plan import HiresPass, StepPlan, choose_blocks, plan_step, scales_at
-from sag_pag.engine.topology import AttentionSite, Topology, layers_of
+from sag_pag.engine.plan import HiresPass, choose_blocks, plan_step, scales_at
+from sag_pag.engine.topology import UNetTopology, layers_of
 from sag_pag.settings import Settings
 
 TOKENS = 77
 """Of a prompt that fits one chunk."""
 
-DEFAULTS = Settings()
 
-Size = tuple[int, int]
+class UNetCost(ModelCost):
+    """Operations of one row of a U-Net call for latents of ``latent_size`` (height, width)."""
 
+    topology: UNetTopology
 
-class UNetCost:
-    """Operations of one row of a U-Net call for latents of ``latent_size`` (height, width).
-
-    ``map_sizes`` is the height and width of each attention's feature map.
-    """
-
-    def __init__(self, topology: Topology, latent_size: Size, *, context_tokens: int = TOKENS) -> None:
+    def __init__(self, topology: UNetTopology, latent_size: Size, *, context_tokens: int = TOKENS) -> None:
         self.topology = topology
         self.context_tokens = context_tokens
-        self.map_sizes: dict[AttentionSite, Size] = {}
-        self._operations: dict[nn.Module, int] = {}
+        self.map_sizes = {}
+        self._operations = {}
         self._blocks(latent_size)
-        embedding = [topology.unet.get_submodule("time_embed"), getattr(topology.unet, "label_emb", None)]
+        embedding = [topology.network.get_submodule("time_embed"), getattr(topology.network, "label_emb", None)]
         rest = sum(linear_operations(layer, 1) for layer in embedding if layer is not None)
-        rest += convolution_operations(topology.unet.get_submodule("out"), latent_size)
+        rest += convolution_operations(topology.network.get_submodule("out"), latent_size)
         self.row = rest + sum(self._operations[block] for block in topology.blocks)
-        """A whole row."""
 
     def _blocks(self, size: Size) -> None:
         blocks, skips = self.topology.blocks, list[Size]()
@@ -84,29 +77,10 @@ class UNetCost:
             operations += 2 * map_operations(attention, tokens, seen)
         return operations
 
-    def perturbed_row(self, perturbed: tuple[AttentionSite, ...], settings: Settings) -> int:
-        """An extra row with these sites perturbed: what it shares with its original is not in it."""
-        shared = sum(self._operations[module] for module in self.topology.prefix(perturbed[0]))
-        perturbation = PERTURBATIONS[settings.pag_perturbation]
-        saved = sum(
-            self._attention(site) - perturbation.operations(site.attention, self.map_sizes[site], settings)
-            for site in perturbed
-        )
-        return self.row - shared - saved
-
     def reading(self, site: AttentionSite) -> int:
-        """Reading one row's attention map beside the host's own attention."""
         tokens = self._tokens(site)
         inputs = sum(linear_operations(site.attention.get_submodule(name), tokens) for name in ("to_q", "to_k"))
         return inputs + map_operations(site.attention, tokens, tokens)
-
-    def perturbing_alone(self, sites: tuple[AttentionSite, ...], settings: Settings = DEFAULTS) -> float:
-        """A step with CFG and PAG at these sites, over the step without PAG."""
-        return 1 + self.perturbed_row(sites, settings) / (2 * self.row)
-
-    def reading_alone(self, site: AttentionSite) -> float:
-        """A step with CFG and SAG that reads this site, over the step without SAG."""
-        return 1 + (self.row + self.reading(site)) / (2 * self.row)
 
     def _tokens(self, site: AttentionSite) -> int:
         return self.map_sizes[site][0] * self.map_sizes[site][1]
@@ -116,14 +90,13 @@ class UNetCost:
         tokens = self._tokens(site)
         return linear_operations(site.attention, tokens) + 2 * map_operations(site.attention, tokens, tokens)
 
-    def step(self, plan: StepPlan | None, *, rows: int) -> float:
-        """A step's operations over those of the same step without guidance; ``rows`` a picture: 2 with CFG, else 1."""
-        extra = 0
-        if plan is not None and plan.pag_scale:
-            extra += self.perturbed_row(plan.perturbed, plan.settings)
-        if plan is not None and plan.sag_scale and plan.read is not None:
-            extra += self.row + self.reading(plan.read)
-        return 1 + extra / (rows * self.row)
+
+def cost_of(topology: Topology, latent_size: Size) -> ModelCost:
+    """The cost of the model that has this topology, for latents of ``latent_size`` (height, width)."""
+    if isinstance(topology, JointTopology):
+        return JointCost(topology, latent_size)
+    assert isinstance(topology, UNetTopology)
+    return UNetCost(topology, latent_size)
 
 
 @dataclass(frozen=True)
@@ -141,7 +114,7 @@ class Pass:
     ``rows`` a picture: 2 with CFG, 1 where the host leaves the unconditional ones out.
     """
 
-    cost: UNetCost
+    cost: ModelCost
     steps: int
     begin: float = 0.0
     hires: HiresPass | None = None

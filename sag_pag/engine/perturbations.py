@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,15 @@ SIMILARITIES_BUDGET = 16 * 1024 * 1024
 """Similarities of pairs that are held at a time (64 MiB in float32)."""
 
 
+Where = Literal["attention", "block"]
+"""Of which module a perturbation replaces the call, or what goes into it."""
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a perturbation works: the attention, its feature map's size, and what its ``to_k`` and ``to_v`` get."""
+    """Where a perturbation works: the module whose call makes the attention, the size of the map that the picture's
+    tokens lie in, and what ``to_k`` and ``to_v`` of a U-Net's attention get.
+    """
 
     attention: nn.Module
     size: Size
@@ -34,14 +40,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """``run`` makes of a perturbed row's tokens ``(rows, tokens, channels)`` something else.
+    """``run`` makes of a perturbed row's tokens something else: of a U-Net's ``(rows, tokens, channels)``.
 
     At ``attention`` they are the self-attention's input and become its output; at ``block`` they are the transformer
     block's input and remain it. ``operations`` is what that costs a row, with the attention itself where it still runs.
     """
 
-    at: Literal["attention", "block"]
-    run: Callable[[Place, Tensor, Settings], Tensor]
+    at: Where
+    run: Callable[[Place, Any, Settings], Any]
     operations: Callable[[nn.Module, Size, Settings], int]
 
 

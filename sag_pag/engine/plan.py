@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sag_pag.engine.topology import AttentionSite, BlockNameError, Topology, check_names
+from sag_pag.engine.blocks import AttentionSite, BlockNameError, Topology
+from sag_pag.engine.topology import check_names
 from sag_pag.settings import BLOCKS_OF, FEATURES, PARAMETERS, SettingError, Settings, Switchable
 
 HiresPass = Literal["first pass", "hires pass"]
@@ -30,23 +31,37 @@ class ChosenBlocks:
     """The blocks that settings choose on one model.
 
     ``sites`` by feature, without those that the model does not have; ``unknown`` are the names and ranges of which it
-    has nothing; ``standing_in`` is the block that stands in for a list that nobody need have typed.
+    has nothing; ``standing_in`` is the block that stands in for a list that nobody need have typed. A feature that the
+    model's family can't do has no sites, and is in ``refused`` with the reason.
     """
 
     sites: Mapping[Switchable, tuple[AttentionSite, ...]]
     unknown: Mapping[Switchable, tuple[str, ...]]
     standing_in: Mapping[Switchable, str]
+    refused: Mapping[Switchable, str]
 
 
 def choose_blocks(settings: Settings, topology: Topology) -> ChosenBlocks:
     """What the settings' block lists choose on this model. Worked out once a run and model."""
-    texts = {feature: str(getattr(settings, BLOCKS_OF[feature])) for feature in FEATURES}
+    refused = {feature: reason for feature in FEATURES if (reason := refusal(feature, settings, topology))}
+    texts = {feature: str(getattr(settings, BLOCKS_OF[feature])) for feature in FEATURES if feature not in refused}
     stands = {feature: topology.stand_in(text) for feature, text in texts.items()}
+    none = dict.fromkeys(refused, ())
     return ChosenBlocks(
-        sites={feature: topology.resolve_known(text) for feature, text in texts.items()},
-        unknown={feature: tuple(topology.unknown(text)) for feature, text in texts.items()},
+        sites={**none, **{feature: topology.resolve_known(text) for feature, text in texts.items()}},
+        unknown={**none, **{feature: tuple(topology.unknown(text)) for feature, text in texts.items()}},
         standing_in={feature: sites[0].block_name for feature, sites in stands.items() if sites},
+        refused=refused,
     )
+
+
+def refusal(feature: Switchable, settings: Settings, topology: Topology) -> str | None:
+    """Why this model's family can't do what the settings ask of a feature; ``None`` if it can."""
+    if reason := topology.refuses(f"{feature}_enabled", True):
+        return reason
+    way = settings.pag_perturbation
+    reason = topology.refuses("pag_perturbation", way) if feature == "pag" else None
+    return f"{way} are {reason}" if reason else None
 
 
 def check_blocks(settings: Settings, topology: Topology | None) -> None:
@@ -60,8 +75,19 @@ def check_blocks(settings: Settings, topology: Topology | None) -> None:
 
 
 def check_blocks_of(feature: Switchable, settings: Settings, topology: Topology | None) -> None:
-    """Raises ``SettingError`` as :func:`check_blocks` does, for one feature whether it is on or not."""
+    """Raises ``SettingError`` as :func:`check_blocks` does, for one feature whether it is on or not.
+
+    Also for a perturbation that the model's family does not have. Of a feature that it does not have at all, which is
+    no setting's fault, only the form of the names is checked.
+    """
     name = BLOCKS_OF[feature]
+    if topology is not None and topology.refuses(f"{feature}_enabled", True):
+        topology = None
+    if topology is not None and feature == "pag":
+        way = settings.pag_perturbation
+        if reason := topology.refuses("pag_perturbation", way):
+            usable = " or ".join(repr(choice) for choice in topology.perturbations)
+            raise SettingError("pag_perturbation", way, f"{usable} on this model; {way} are {reason}")
     text = str(getattr(settings, name))
     allowed = topology.describe() if topology is not None else PARAMETERS[name].allowed
     if not text.strip(", "):

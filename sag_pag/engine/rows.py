@@ -112,6 +112,17 @@ def join_rows(first: Any, second: Any) -> Any:
     return first
 
 
+def replace_rows(value: Any, rows: Sequence[int], others: Any) -> Any:
+    """A copy of ``value`` in which ``rows`` are those of ``others``, a result of the same form."""
+    if isinstance(value, Tensor):
+        replaced = value.clone()
+        replaced[list(rows)] = others
+        return replaced
+    if isinstance(value, (list, tuple)):
+        return type(value)(replace_rows(a, rows, b) for a, b in zip(value, others, strict=True))
+    return value
+
+
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The rows of a module's call: those of its first tensor."""
     return next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sag_pag import guidance
 from sag_pag.engine.attention import KeyValueInputs, MapCapture, unchanged_inputs
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.branch import Branch, denoise_with_branch
 from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
 from sag_pag.engine.plan import StepPlan
 from sag_pag.engine.rows import Role, Row, StepRows, take_rows
 from sag_pag.engine.spaces import Space
-from sag_pag.engine.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from modules.hypernetworks import hypernetwork
 from torch import Tensor
 
 from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.patching import Forward, Hook, forward_replaced
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import topology_of
 from sag_pag.hosts.family import Family, FamilyStep, is_circular
 from sag_pag.hosts.interface import DenoiserCall, NoModelError, TakeCall, UnguidableModelError
 
@@ -36,12 +37,14 @@ class A1111(Family):
         if sd_unet.current_unet is not None:
             raise UnguidableModelError(f"the U-Net {sd_unet.current_unet.option.label} replaces the model's own")
         try:
-            unet = model.model.diffusion_model
-            if known is not None and known.is_still(unet):
+            network = model.model.diffusion_model
+            if known is not None and known.is_still(network):
                 return known
-            topology = Topology(unet)
+            topology = topology_of(network)
         except (AttributeError, TypeError) as error:
-            raise UnguidableModelError(f"{type(model).__name__} has no U-Net of the Stable Diffusion kind") from error
+            raise UnguidableModelError(
+                f"{type(model).__name__} has no U-Net of the Stable Diffusion kind, and no joint blocks as SD3 has"
+            ) from error
         if not topology.sites:
             raise UnguidableModelError(f"{type(model).__name__} has no self-attention")
         return topology
@@ -66,7 +69,8 @@ class A1111(Family):
         return ()
 
     def is_tiling(self) -> bool:
-        """Whether "Tiling" has made the model's convolutions circular."""
+        """Whether "Tiling" has made the model's convolutions circular; a transformer has none that reach over an edge.
+        """
         return is_circular(shared.sd_model.model.diffusion_model)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from sag_pag.engine.plan import HiresPass
 
 
-def is_circular(unet: nn.Module) -> bool:
-    """Whether "Tiling" has made the U-Net's convolutions circular."""
-    return any(getattr(layer, "padding_mode", "") == "circular" for layer in unet.get_submodule("out").modules())
+def is_circular(network: nn.Module) -> bool:
+    """Whether "Tiling" has made a network's convolutions circular; a transformer has none that reach over an edge."""
+    out = getattr(network, "out", None)
+    return out is not None and any(getattr(layer, "padding_mode", "") == "circular" for layer in out.modules())
 
 
 class Family:

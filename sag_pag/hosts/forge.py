@@ -20,10 +20,11 @@ from modules import processing, sd_models
 from torch import Tensor
 
 from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.patching import Hook
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace, Space
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.hosts.control import control_of, copied_lists
 from sag_pag.hosts.family import Family, FamilyStep, is_circular
 from sag_pag.hosts.interface import DenoiserCall, NoModelError, TakeCall, UnguidableModelError
@@ -68,7 +69,7 @@ class Forge(Family):
     def __init__(self, seam: Seam) -> None:
         self.seam = seam
 
-    def topology(self, known: Topology | None = None) -> Topology:
+    def topology(self, known: Topology | None = None) -> UNetTopology:
         """As the interface says. A refiner or the hires pass may have loaded another model meanwhile."""
         model = sd_models.model_data.sd_model  # asking ``shared`` for it may load one
         objects = getattr(model, "forge_objects", None)
@@ -76,9 +77,9 @@ class Forge(Family):
             raise NoModelError("no model is loaded yet")
         try:
             unet = objects.unet.model.diffusion_model
-            if known is not None and known.is_still(unet):
+            if isinstance(known, UNetTopology) and known.is_still(unet):
                 return known
-            topology = Topology(unet, runs_layers=self.seam.runs_layers)
+            topology = UNetTopology(unet, runs_layers=self.seam.runs_layers)
         except (AttributeError, TypeError) as error:
             raise UnguidableModelError(f"{type(model).__name__} has no U-Net of the Stable Diffusion kind") from error
         if not topology.sites:

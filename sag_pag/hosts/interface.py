@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sag_pag.engine.attention import KeyValueInputs
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import Denoiser
 from sag_pag.engine.patching import Hook
 from sag_pag.engine.plan import HiresPass
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import Space
-from sag_pag.engine.topology import Topology
 
 
 class UnguidableModelError(Exception):

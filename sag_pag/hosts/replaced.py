@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sag_pag.engine.patching import Forward, forward_replaced
-from sag_pag.engine.topology import AttentionSite, Topology
+from sag_pag.engine.topology import UNetSite, UNetTopology
 from sag_pag.hosts.options import LayerOptions
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -33,7 +33,7 @@ def without_replaced_attentions(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def replacements_as_forwards(
-    topology: Topology, replacements: Mapping[Any, Replacement], options: Callable[[], LayerOptions],
+    topology: UNetTopology, replacements: Mapping[Any, Replacement], options: Callable[[], LayerOptions],
 ) -> Iterator[None]:
     """While open, the attentions' forwards do what the block would have done with their replacements.
 
@@ -49,7 +49,7 @@ def replacements_as_forwards(
         yield
 
 
-def _forward(site: AttentionSite, replacement: Replacement, options: Callable[[], LayerOptions], _: Forward) -> Forward:
+def _forward(site: UNetSite, replacement: Replacement, options: Callable[[], LayerOptions], _: Forward) -> Forward:
     attention: Any = site.attention
     block: Any = site.transformer_block
 

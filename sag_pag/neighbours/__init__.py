@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import APART, JOINED, Manner, moves_nothing
 from sag_pag.engine.patching import Hook
-from sag_pag.engine.topology import Topology
 from sag_pag.neighbours.unknown import REPEATED, Layers
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import Manner
 from sag_pag.engine.patching import is_replaced
-from sag_pag.engine.topology import Topology, layers_of
 from sag_pag.neighbours.randomness import SameRandomness
 
 REPEATED = Manner(perturbed="repeated", degraded="repeated", watch=SameRandomness)
@@ -12,25 +12,23 @@ REPEATED = Manner(perturbed="repeated", degraded="repeated", watch=SameRandomnes
 
 _LAYERS = {
     "Conv2d", "Linear", "ResBlock", "SpatialTransformer", "SpatialVideoTransformer", "AttentionBlock", "Downsample",
-    "Upsample",
+    "Upsample", "JointBlock",
 }
 _METHODS = ("forward", "_forward")
 
 
 class Layers:
-    """A U-Net's modules, and whether another extension is in them that may treat the rows of a call differently.
+    """A network's modules, and whether another extension is in them that may treat the rows of a call differently.
 
     ControlNet keeps references and features for each row of the first call, its IP-Adapter and Regional Prompter split
-    the batch by what the rows are, AnimateDiff's layers mix rows. Such a U-Net must get the host's rows and no others.
-    Replacements of self-attentions alone (HyperTile) work on any rows.
+    the batch by what the rows are, AnimateDiff's layers mix rows. Such a network must get the host's rows and no
+    others. Replacements of self-attentions alone (HyperTile) work on any rows.
     """
 
     def __init__(self, topology: Topology) -> None:
         attentions = {site.attention for site in topology.sites}
-        self._modules = [(module, vars(module)) for module in topology.unet.modules() if module not in attentions]
-        self._foreign = any(
-            type(layer).__name__ not in _LAYERS for block in topology.blocks for layer in layers_of(block).children()
-        ) or any(layers_of(block) is not block for block in topology.blocks)
+        self._modules = [(module, vars(module)) for module in topology.network.modules() if module not in attentions]
+        self._foreign = any(type(layer).__name__ not in _LAYERS for layer in topology.layers())
 
     def tell_rows_apart(self) -> bool:
         """Looks at every module's own attributes, which takes a tenth of a millisecond."""

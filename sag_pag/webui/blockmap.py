@@ -1,12 +1,12 @@
-"""The map of the U-Net's blocks as HTML: drawn here, made clickable by ``javascript/sag_pag.js``."""
+"""The map of a network's blocks as HTML: drawn here, made clickable by ``javascript/sag_pag.js``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from sag_pag.engine.cost import UNetCost
-from sag_pag.engine.topology import AttentionSite
+from sag_pag.engine.blocks import AttentionSite
+from sag_pag.engine.model_cost import ModelCost
 from sag_pag.webui import texts
 
 
@@ -15,8 +15,10 @@ def selection(sites: Iterable[AttentionSite]) -> str:
     return " ".join(site.name for site in sites)
 
 
-def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
-    """The U: input blocks going down, the middle, output blocks going up. ``text`` names the chosen ones.
+def block_map(cost: ModelCost, text: str, *, many: bool) -> str:
+    """A U-Net's U: input blocks going down, the middle, output blocks going up. A transformer's blocks are in a line.
+
+    ``text`` names the chosen ones.
 
     Blocks without self-attention are there, but can't be chosen. ``many``: several can be chosen. The costs are those
     of a step with CFG.
@@ -24,14 +26,15 @@ def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
     topology = cost.topology
     chosen = selection(topology.resolve_known(text))
     by_block = {block: [site for site in topology.sites if site.block is block] for block in topology.blocks}
-    levels = _levels(cost)
+    levels, names = topology.levels(), topology.labels()
     narrow = _narrow(levels)
     cells, depths = [], []
     for column, sites in enumerate(by_block.values()):
-        label = _label(column, len(topology.blocks))
+        label = names[column]
         place = f'style="--column: {column + 2}; --level: {levels[column] + 2}; --narrow-column: {narrow[column] + 2}"'
         if not sites:
-            name = f"{texts.INPUT_HALF if column < len(by_block) // 2 else texts.OUTPUT_HALF}.{label}"
+            part = next((half.part for half in topology.halves() if half.first <= column <= half.last), "middle")
+            name = part if part == "middle" else f"{part}.{label}"
             cells.append(
                 f'<span class="sag-pag-cell sag-pag-empty" {place} data-name="{name}" aria-hidden="true">{label}</span>'
             )
@@ -39,7 +42,7 @@ def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
         name = sites[0].block_name
         cells.append(_button(cost, sites, name, label, many=many, place=place))
         if len(sites) > 1:
-            inner = "".join(_button(cost, [site], site.name, f".{site.depth}", many=many) for site in sites)
+            inner = "".join(_button(cost, [s], s.name, s.name.removeprefix(name), many=many) for s in sites)
             depths.append(
                 f'<div class="sag-pag-depths" data-block="{name}" role="group" aria-label="{name}" hidden>'
                 f"<span>{texts.TRANSFORMERS}</span><b>{name}</b>{inner}</div>"
@@ -49,12 +52,9 @@ def block_map(cost: UNetCost, text: str, *, many: bool) -> str:
         for level, size in sorted({(levels[i], cost.map_sizes[s[0]]) for i, s in enumerate(by_block.values()) if s})
     )
     halves = "".join(
-        f'<span class="sag-pag-half sag-pag-{side}" style="--from: {start + 2}; --to: {end + 2}" aria-hidden="true">'
-        f"{text}</span>"
-        for text, side, start, end in (
-            (texts.INPUT_HALF, "left", 0, len(by_block) // 2),
-            (texts.OUTPUT_HALF, "right", len(by_block) // 2 + 1, len(by_block)),
-        )
+        f'<span class="sag-pag-half sag-pag-{half.side}" style="--from: {half.first + 2}; --to: {half.last + 3}" '
+        f'aria-hidden="true">{texts.HALVES[half.part]}</span>'
+        for half in topology.halves()
     )
     title, hint = (texts.CHOOSE_MANY, texts.MAP_HELP) if many else (texts.CHOOSE_ONE, texts.MAP_HELP_ONE)
     return (
@@ -81,37 +81,16 @@ def _narrow(levels: Sequence[int]) -> list[int]:
     return left + right
 
 
-def _levels(cost: UNetCost) -> list[int]:
-    """How often the latent has been halved, for each block."""
-    topology = cost.topology
-    halvings = [any(type(layer).__name__ == "Downsample" for layer in block.children()) for block in topology.blocks]
-    doublings = [any(type(layer).__name__ == "Upsample" for layer in block.children()) for block in topology.blocks]
-    levels, level = [], 0
-    for down, up in zip(halvings, doublings, strict=True):
-        level += down
-        levels.append(level)
-        level -= up
-    return levels
-
-
-def _label(column: int, count: int) -> str:
-    """Input blocks count up, output blocks too; the middle is in between."""
-    inputs = (count - 1) // 2
-    if column == inputs:
-        return "M"
-    return str(column if column < inputs else column - inputs - 1)
-
-
 def _size(size: tuple[int, int]) -> str:
     return f"{size[1]}×{size[0]}"
 
 
 def _button(
-    cost: UNetCost, sites: Sequence[AttentionSite], name: str, label: str, *, many: bool, place: str = "",
+    cost: ModelCost, sites: Sequence[AttentionSite], name: str, label: str, *, many: bool, place: str = "",
 ) -> str:
     """A block or transformer block with what is to be known about it, for people who point and for screen readers."""
     ratio = f"≈ {cost.perturbing_alone(tuple(sites)) if many else cost.reading_alone(sites[0]):.2f}×"
-    size, heads = _size(cost.map_sizes[sites[0]]), int(sites[0].attention.heads)  # type: ignore[arg-type]
+    size, heads = _size(cost.map_sizes[sites[0]]), sites[0].heads
     return (
         f'<button type="button" class="sag-pag-cell" {place} tabindex="-1" aria-pressed="false" '
         f'aria-label="{name}, {size}, {ratio}" data-sites="{selection(sites)}" data-name="{name}" data-size="{size}" '

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sag_pag.engine.topology import BlockNameError, check_names
+from sag_pag.engine.blocks import BlockNameError
+from sag_pag.engine.topology import check_names
 from sag_pag.settings import BLURRED, PARAMETERS, WHOLE_MAP, Feature, SettingError, Settings, Value
 
 

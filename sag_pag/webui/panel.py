@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.blocks import Topology
 from sag_pag.settings import FEATURES, PARAMETERS, Feature, Parameter, Settings, Switchable
 from sag_pag.webui import texts
 from sag_pag.webui.blockmap import block_map
@@ -202,7 +202,12 @@ class Panel:
             waiting = " sag-pag-waiting" if model == texts.NO_MODEL else ""
             maps = [f'<p class="sag-pag-hint{waiting}">{escape(model)}</p>' for _ in self.maps]
         elif passes := passes_of(model, around):
-            maps = [block_map(passes[0].cost, str(own[name]), many=name == "pag_blocks") for name in self.maps]
+            maps = [
+                f'<p class="sag-pag-hint">{escape(reason)}</p>'
+                if (reason := model.refuses(f"{PARAMETERS[name].feature}_enabled", True))
+                else block_map(passes[0].cost, str(own[name]), many=name == "pag_blocks")
+                for name in self.maps
+            ]
         else:
             maps = [gr.update() for _ in self.maps]
         states = [block_state(name, str(own[name]), model) for name in self.maps]

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sag_pag.settings import BLURRED, FIRST_OF_DECODER, PARAMETERS, SWAPPED, SettingError, Settings, Value
+from sag_pag.settings import (
+    BLURRED,
+    FIRST_OF_DECODER,
+    PARAMETERS,
+    SD3_EXAMPLE,
+    SWAPPED,
+    SettingError,
+    Settings,
+    Value,
+)
 from sag_pag.webui import texts
 
 MAX_NAME_LENGTH = 60
@@ -65,6 +74,9 @@ BUILT_IN: tuple[Preset, ...] = (
         "SDXL, swapped tokens (SSG)",
         "For SDXL: swaps in the first six transformer blocks of the decoder. Rests on SSG's paper.",
         pag_enabled=True, pag_perturbation=SWAPPED, pag_blocks=FIRST_OF_DECODER),
+    _built_in(
+        "SD3", "For SD3, at a CFG scale of about 5. Rests on the example of diffusers' documentation.",
+        pag_enabled=True, pag_scale=0.7, pag_blocks=SD3_EXAMPLE),
     _built_in(
         "Few steps (Lightning, Turbo, LCM)",
         "For distilled models with 1 to 8 steps: leave the CFG scale at 1 to 2, and PAG at 0.5 or less. Rests on "

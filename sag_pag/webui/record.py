@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sag_pag.settings import PARAMETERS, Settings
+from sag_pag.settings import PARAMETERS, Settings, Switchable
 from sag_pag.webui import texts
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class Record:
     """
 
     def __init__(self, settings: Settings | None, *, before: Record | None = None) -> None:
+        self._settings = settings
         self._claims = {} if settings is None else settings.infotext()
         self._notes: list[str] = []
         self._said: set[str] = before._said if before is not None else set()
@@ -47,6 +48,17 @@ class Record:
             self._said.add(text)
             logger.warning("%s: %s", texts.PANEL, text)
         self.write(p)
+
+    def give_up(self, feature: Switchable, reason: str, p: Any) -> None:
+        """One feature did nothing: the pictures no longer say that it did, and say why."""
+        if self._settings is None:
+            return
+        self._settings = self._settings.with_values({f"{feature}_enabled": False})
+        if not self._settings.enabled:
+            self.withdraw(reason, p)
+            return
+        self._claims = self._settings.infotext()
+        self.note(f"{feature.upper()} not applied, {reason}", p)
 
     def withdraw(self, reason: str, p: Any) -> None:
         """The pictures are not guided after all: they say why, and no longer that they are."""

@@ -11,9 +11,9 @@ from modules import shared
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from sag_pag import hosts
-from sag_pag.engine.cost import UNetCost
-from sag_pag.engine.operations import attention_channels
-from sag_pag.engine.topology import AttentionSite
+from sag_pag.engine.blocks import AttentionSite
+from sag_pag.engine.cost import cost_of
+from sag_pag.engine.model_cost import ModelCost
 from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter
 from sag_pag.webui.presets import STORE, PresetError
@@ -30,17 +30,20 @@ def _pixels() -> Any:
 
 
 class Block(BaseModel):
-    """A U-Net block that holds self-attention."""
+    """A block that holds self-attention."""
 
-    name: str = Field(description="As in block lists: input.N, middle or output.N")
-    part: str = Field(description="input, middle or output")
+    name: str = Field(description="As in block lists: input.N, middle or output.N; joint.N of SD3")
+    part: str = Field(description="input, middle or output; joint of SD3")
     transformer_blocks: list[str] = Field(description="The names of the transformer blocks in it")
     downscale: int = Field(description="Latent pixels per side of a token: 1, 2, 4 or 8")
     heads: int = Field(description="Attention heads of each self-attention")
     channels: int = Field(description="Channels of each token")
     resolution: list[int] = Field(description="Width and height of the block's feature map in tokens")
     pag_cost: float = Field(description="Operations of a CFG step with PAG in this block, over those without")
-    sag_cost: float = Field(description="Operations of a CFG step with SAG that reads this block, over those without")
+    sag_cost: Optional[float] = Field(  # noqa: UP045
+        description="Operations of a CFG step with SAG that reads this block, over those without; null on SD3, which "
+        "has no SAG"
+    )
 
 
 class Blocks(BaseModel):
@@ -91,15 +94,16 @@ class Schema(BaseModel):
     parameters: list[ParameterItem]
 
 
-def describe_block(cost: UNetCost, sites: list[AttentionSite]) -> Block:
+def describe_block(cost: ModelCost, sites: list[AttentionSite]) -> Block:
     """One block, from its self-attentions."""
     first, topology = sites[0], cost.topology
-    attention: Any = first.attention
     height, width = cost.map_sizes[first]
+    reads = not topology.refuses("sag_enabled", True)
     return Block(
         name=first.block_name, part=first.part, transformer_blocks=[site.name for site in sites],
-        downscale=topology.downscale(first), heads=attention.heads, channels=attention_channels(attention),
-        resolution=[width, height], pag_cost=cost.perturbing_alone(tuple(sites)), sag_cost=cost.reading_alone(first),
+        downscale=topology.downscale(first), heads=first.heads, channels=first.channels,
+        resolution=[width, height], pag_cost=cost.perturbing_alone(tuple(sites)),
+        sag_cost=cost.reading_alone(first) if reads else None,
     )
 
 
@@ -113,7 +117,7 @@ def blocks(width: int = _pixels(), height: int = _pixels()) -> Blocks:
         topology = host.topology()
     except UnguidableModelError as error:
         raise HTTPException(status_code=409, detail=str(error)) from error
-    cost = UNetCost(topology, (height // 8, width // 8))
+    cost = cost_of(topology, (height // 8, width // 8))
     by_name: dict[str, list[AttentionSite]] = {name: [] for name in topology.block_names()}
     for site in topology.sites:
         by_name[site.block_name].append(site)

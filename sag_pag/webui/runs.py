@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.plan import ChosenBlocks, StepPlan, check_blocks_of, choose_blocks, plan_step, scales_at
 from sag_pag.engine.rows import StepRows
 from sag_pag.engine.step import GuidedStep, SagView
-from sag_pag.engine.topology import Topology
 from sag_pag.guidance import MergedTokensError
 from sag_pag.hosts.interface import DenoiserCall, Host, Step, UnguidableModelError
 from sag_pag.neighbours import Neighbours
@@ -64,6 +64,9 @@ class GuidedRun:
         self._model: _Model | None = None
         self._checked: set[Switchable] = set()
         """The features whose blocks the first model that runs them is known to have."""
+        self._acted: set[Switchable] = set()
+        self._refused: dict[Switchable, str] = {}
+        """Which features a model could do, and which ones one could not, with the reason."""
         self._step: Step | None = None
         self._guided: GuidedStep | None = None
         self._decided = self._ended = False
@@ -168,6 +171,10 @@ class GuidedRun:
         if feature not in self._checked:
             self._check_blocks(feature, model.topology)
             self._checked.add(feature)
+        if reason := model.chosen.refused.get(feature):
+            self._refused[feature] = reason
+            return
+        self._acted.add(feature)
         if standing_in := model.chosen.standing_in.get(feature):
             text = getattr(self.settings, BLOCKS_OF[feature])
             self.record.note(f"{feature.upper()} at {standing_in}, this model has no {text}", self.p)
@@ -242,6 +249,11 @@ class GuidedRun:
 
     def report(self) -> None:
         """After sampling: if not every step was guided that was to be, the record says so."""
+        for feature, reason in self._refused.items():
+            if feature in self._acted:
+                self.record.note(f"{feature.upper()} not applied throughout, {reason}", self.p)
+            else:
+                self.record.give_up(feature, reason, self.p)
         if not self.steps_announced:
             self.record.withdraw("the sampler did not announce its steps", self.p)
         elif not self.steps_decided:

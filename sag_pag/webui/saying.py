@@ -10,9 +10,9 @@ from dataclasses import replace
 from html import escape
 from typing import Any
 
-from sag_pag.engine.cost import Pass, PictureCost, UNetCost, picture_cost
+from sag_pag.engine.blocks import Topology
+from sag_pag.engine.cost import Pass, PictureCost, cost_of, picture_cost
 from sag_pag.engine.plan import check_blocks
-from sag_pag.engine.topology import Topology
 from sag_pag.settings import FEATURES, PARAMETERS, SettingError, Settings, Switchable, Value
 from sag_pag.webui import texts
 from sag_pag.webui.blockmap import selection
@@ -25,10 +25,10 @@ def passes_of(topology: Topology, around: Mapping[str, Any]) -> list[Pass]:
     steps, denoising = max(1, int(around["steps"])), around.get("denoising", 1)
     size = int(around["height"]) // 8, int(around["width"]) // 8
     scale = around.get("cfg_scale")
-    first = Pass(UNetCost(topology, size), min(steps, int(denoising * steps) + 1), 1 - denoising, rows=_rows(scale))
+    first = Pass(cost_of(topology, size), min(steps, int(denoising * steps) + 1), 1 - denoising, rows=_rows(scale))
     if not around.get("hires"):
         return [first]
-    cost = UNetCost(topology, _hires_size(around))
+    cost = cost_of(topology, _hires_size(around))
     steps = int(around["hires_steps"]) or steps
     rows = _rows(around.get("hires_cfg_scale") or scale)  # 0 stands for the first pass's
     return [
@@ -58,7 +58,8 @@ def block_state(name: str, text: str, model: Topology | str) -> str:
         check_blocks(Settings.from_dict({f"{feature}_enabled": True, name: text}), topology)
     except SettingError as error:
         return f'<span class="sag-pag-error" role="alert" data-text="{escape(text)}">{escape(error.for_people)}</span>'
-    chosen = selection(topology.resolve(text)) if topology else ""
+    is_there = topology is not None and not topology.refuses(f"{feature}_enabled", True)
+    chosen = selection(topology.resolve(text)) if topology is not None and is_there else ""
     return f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from modules import script_callbacks, scripts
 
 from sag_pag import hosts
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.blocks import Topology
 from sag_pag.hosts.interface import NoModelError, UnguidableModelError
 from sag_pag.settings import PARAMETERS, SettingError, Settings
 from sag_pag.webui import record, texts, xyz

@@ -9,8 +9,8 @@ from typing import Any
 from modules import scripts
 
 from sag_pag import hosts
+from sag_pag.engine.blocks import Topology
 from sag_pag.engine.plan import check_blocks
-from sag_pag.engine.topology import Topology
 from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_by
 from sag_pag.webui import texts
@@ -97,7 +97,7 @@ def _beyond_its_range(parameter: Parameter, cell: Any, written: str) -> bool:
 
 
 def _topology(p: Any) -> Topology | None:
-    """The U-Net that the plot's pictures will be made with, if it is loaded already and can be guided."""
+    """The model that the plot's pictures will be made with, if it is loaded already and can be guided."""
     if "sd_model_checkpoint" in p.override_settings:
         return None
     try:

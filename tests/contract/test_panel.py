@@ -12,7 +12,7 @@ from PIL import Image
 
 from lab.benchmark.steps import step_config
 from sag_pag.demo.unet import UNetModel
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 
 AROUND = {"width": 512, "height": 768, "steps": 20}
 HIRES = {
@@ -21,12 +21,12 @@ HIRES = {
 
 
 @pytest.fixture
-def topology() -> Topology:
+def topology() -> UNetTopology:
     with torch.device("meta"):
-        return Topology(UNetModel(**step_config("sd1", small=True)[0]))
+        return UNetTopology(UNetModel(**step_config("sd1", small=True)[0]))
 
 
-def passes(topology: Topology, **around: Any) -> list[tuple[int, float, str | None, tuple[int, int]]]:
+def passes(topology: UNetTopology, **around: Any) -> list[tuple[int, float, str | None, tuple[int, int]]]:
     """Steps, begin, pass and the first attention's size of each pass."""
     from sag_pag.webui import saying
 
@@ -34,14 +34,14 @@ def passes(topology: Topology, **around: Any) -> list[tuple[int, float, str | No
     return [(one.steps, round(one.begin, 6), one.hires, one.cost.map_sizes[topology.sites[0]]) for one in found]
 
 
-def test_one_pass(host: Host, topology: Topology) -> None:
+def test_one_pass(host: Host, topology: UNetTopology) -> None:
     assert passes(topology) == [(20, 0, None, (96, 64))]
     assert passes(topology, **{**HIRES, "hires": False}) == [(20, 0, None, (96, 64))]
     assert passes(topology, steps=0) == [(1, 0, None, (96, 64))]
 
 
 @pytest.mark.parametrize(("denoising", "steps"), [(1, 20), (0.75, 16), (0.3, 7), (0, 1)])
-def test_img2img_takes_a_part_of_the_steps(host: Host, topology: Topology, denoising: float, steps: int) -> None:
+def test_img2img_takes_a_part_of_the_steps(host: Host, topology: UNetTopology, denoising: float, steps: int) -> None:
     """As ``setup_img2img_steps`` of the WebUI reckons."""
     assert passes(topology, denoising=denoising) == [(steps, 1 - denoising, None, (96, 64))]
 
@@ -51,7 +51,7 @@ def test_img2img_takes_a_part_of_the_steps(host: Host, topology: Topology, denoi
     [((0, 0), (192, 128)), ((1024, 0), (192, 128)), ((0, 1152), (144, 96)), ((640, 1024), (128, 80))],
 )
 def test_both_passes_of_hires_fix(
-    host: Host, topology: Topology, size: tuple[int, int], expected: tuple[int, int]
+    host: Host, topology: UNetTopology, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     around = {**HIRES, "hires_width": size[0], "hires_height": size[1]}
     first = (20, 0, "first pass", (96, 64))
@@ -60,7 +60,7 @@ def test_both_passes_of_hires_fix(
 
 
 @pytest.mark.parametrize("field", [*AROUND, *HIRES])
-def test_a_field_that_is_empty_for_a_moment(host: Host, topology: Topology, field: str) -> None:
+def test_a_field_that_is_empty_for_a_moment(host: Host, topology: UNetTopology, field: str) -> None:
     """Costs nothing but the figures: what is on is shown, nothing is raised."""
     from sag_pag.settings import PARAMETERS
     from sag_pag.webui import saying
@@ -75,7 +75,7 @@ def test_a_field_that_is_empty_for_a_moment(host: Host, topology: Topology, fiel
 
 @pytest.mark.parametrize(("around", "cost"), [({}, "1.3"), ({"cfg_scale": 7}, "1.3"), ({"cfg_scale": 1}, "1.6")])
 def test_only_a_host_that_saves_the_unconditional_rows_tells_its_cfg_scale(
-    host: Host, topology: Topology, around: dict[str, Any], cost: str
+    host: Host, topology: UNetTopology, around: dict[str, Any], cost: str
 ) -> None:
     """The WebUI computes them at a CFG scale of 1 too, so that a guided step costs no larger share there."""
     from sag_pag.settings import PARAMETERS

@@ -16,7 +16,7 @@ from sag_pag.engine.plan import StepPlan
 from sag_pag.engine.rows import StepRows
 from sag_pag.engine.spaces import TimestepSpace
 from sag_pag.engine.step import GuidedStep
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 Pipeline = Any
@@ -149,7 +149,7 @@ def our_noise(
         out: Tensor = unet(x, sigma, cond["crossattn"], cond.get("vector"))
         return out
 
-    step = GuidedStep(plan, topology=Topology(unet), rows=rows, space=TimestepSpace(alphas))
+    step = GuidedStep(plan, topology=UNetTopology(unet), rows=rows, space=TimestepSpace(alphas))
     with_cfg = cfg_scale > 1
     sources = (prompts.cond, prompts.uncond) if with_cfg else (prompts.cond,)
     cond = {key: torch.cat([source[key] for source in sources]) for key in prompts.cond}

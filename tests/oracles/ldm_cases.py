@@ -15,7 +15,7 @@ from torch import Tensor
 from sag_pag.engine.plan import plan_at
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.step import GuidedStep
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.neighbours import Neighbours
 from sag_pag.settings import Settings
 
@@ -111,7 +111,7 @@ def webui_cond(context: Tensor) -> dict[str, Any]:
 def engine_step(case: Case, host: Host) -> Step:
     """The step as a host makes it, with the engine standing in for the denoiser."""
     inputs, rows = make_inputs(case, host), case.rows
-    topology = Topology(host.unet)
+    topology = UNetTopology(host.unet)
     plan = plan_at(case.settings(), topology, progress=(999 - case.timestep) / 1000)
     assert plan is not None
     manner = Neighbours(topology).manner(short_of_memory=case.own_call)

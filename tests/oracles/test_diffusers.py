@@ -29,8 +29,9 @@ from diffusers_side import (
 from torch import Tensor, nn
 
 from sag_pag.demo.layers import CrossAttention, fused_forward
+from sag_pag.engine.blocks import BlockNameError
 from sag_pag.engine.plan import StepPlan, plan_at
-from sag_pag.engine.topology import BlockNameError, Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: its pipelines are NOT compared with the engine")
@@ -58,7 +59,7 @@ def progress(timestep: int) -> float:
 
 
 def plan_for(settings: Settings, unet: UNetModel, at: float) -> StepPlan:
-    plan = plan_at(settings, Topology(unet), progress=at)
+    plan = plan_at(settings, UNetTopology(unet), progress=at)
     assert plan is not None
     return plan
 
@@ -165,7 +166,7 @@ def test_adaptive_scale_is_a_fade_one_timestep_apart(cfg_scale: float, dtype: to
     plans = [plan_for(settings, comparison.unet, (1000 - given.timestep) / 1000) for given in guided]
     assert comparison.error(guided, plans) < TOLERANCE[dtype]
     for given in unguided:
-        assert plan_at(settings, Topology(comparison.unet), progress=(1000 - given.timestep) / 1000) is None
+        assert plan_at(settings, UNetTopology(comparison.unet), progress=(1000 - given.timestep) / 1000) is None
 
 
 def perturbed_modules(layout: Layout, layers: list[str]) -> set[str]:
@@ -180,7 +181,8 @@ def perturbed_modules(layout: Layout, layers: list[str]) -> set[str]:
 
 def selected_modules(layout: Layout, blocks: str) -> set[str]:
     """The attentions that our block names select, by diffusers' names: those whose weights became theirs."""
-    wanted = {weights_of(site.attention) for site in Topology(our_unet(layout, dtype=torch.float32)).resolve(blocks)}
+    sites = UNetTopology(our_unet(layout, dtype=torch.float32)).resolve(blocks)
+    wanted = {weights_of(site.attention) for site in sites}
     theirs = their_unet(layout, dtype=torch.float32)
     return {name for name, module in theirs.named_modules() if name.endswith(".attn1") and weights_of(module) in wanted}
 
@@ -217,7 +219,7 @@ ALIASES = {
 @pytest.mark.parametrize("layout", list(ALIASES))
 def test_aliases_select_what_diffusers_selects(layout: Layout) -> None:
     theirs_all = their_unet(layout, dtype=torch.float32).named_modules()
-    ours = Topology(our_unet(layout, dtype=torch.float32))
+    ours = UNetTopology(our_unet(layout, dtype=torch.float32))
     assert len(ours.sites) == sum(name.endswith(".attn1") for name, _ in theirs_all)
     for theirs, alias in ALIASES[layout]:
         selected = perturbed_modules(layout, [theirs])
@@ -233,4 +235,4 @@ def test_blocks_without_attention_are_refused_by_both(layout: Layout, name: str)
     with pytest.raises(ValueError, match="Cannot find PAG layer"):
         perturbed_modules(layout, [name])
     with pytest.raises(BlockNameError):
-        Topology(our_unet(layout, dtype=torch.float32)).resolve(name)
+        UNetTopology(our_unet(layout, dtype=torch.float32)).resolve(name)

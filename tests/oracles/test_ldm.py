@@ -13,7 +13,7 @@ from reference import perturbed
 
 from sag_pag.engine.branch import Branch, denoise_with_branch
 from sag_pag.engine.calls import APART, JOINED
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 
 TOLERANCE = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")
@@ -129,7 +129,7 @@ def test_any_rows_can_be_perturbed(block: str, rows: range, own_call: bool) -> N
     host = case.host("timestep")
     inputs = make_inputs(case, host)
     x, levels = inputs.x[[0, 0, 1, 1]], torch.tensor([900.0, 700, 500, 300], dtype=torch.float64)
-    topology = Topology(host.unet)
+    topology = UNetTopology(host.unet)
     out, worse = denoise_with_branch(host, x, levels, cond=inputs.conds, branch=Branch(
         topology, lambda tokens: (tokens, tokens), rows=rows, perturbed=topology.resolve(block),
         manner=APART if own_call else JOINED,
@@ -171,7 +171,7 @@ def test_sag_of_a_v_model_has_the_term_that_raw_v_outputs_drop(layout: str) -> N
 
 def test_the_reference_can_tell_blocks_apart() -> None:
     """Every block's guidance differs from every other's, or agreement on a block would say nothing."""
-    blocks = Topology(Case("any").host("timestep").unet).block_names()
+    blocks = UNetTopology(Case("any").host("timestep").unet).block_names()
     assert blocks == [*(f"input.{n}" for n in (1, 2, 4, 5, 7, 8)), "middle", *(f"output.{n}" for n in range(9))]
     cases = [Case("one", perturb=(block,), prompts=((1.0,),), uncond=False) for block in blocks]
     deltas = [reference_step(case, case.host("timestep")).delta for case in cases]

@@ -16,7 +16,7 @@ from sag_pag.demo.layers import fused_forward
 from sag_pag.engine.attention import MapCapture
 from sag_pag.engine.branch import Branch, denoise_with_branch
 from sag_pag.engine.calls import APART, JOINED
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")
 CASES = [
@@ -57,7 +57,7 @@ def everything(unet: nn.Module) -> dict[str, dict[str, Any]]:
 
 def denoise(host: Host, case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
     """The host's rows without and with the engine, and the perturbed ones."""
-    inputs, topology = make_inputs(case, host), Topology(host.unet)
+    inputs, topology = make_inputs(case, host), UNetTopology(host.unet)
     x, levels = torch.cat([inputs.x] * 2), torch.full((4,), inputs.level, dtype=torch.float64)
     cond = webui_cond(torch.cat([inputs.conds, inputs.unconds]))
     out, worse = denoise_with_branch(host, x, levels, cond=cond, branch=Branch(

@@ -87,7 +87,7 @@ SIZE = (1, 5)
 
 
 def identity(module: CrossAttention, inputs: KeyValueInputs = unchanged_inputs) -> Perturb:
-    return lambda x: identity_attention(Place(module, SIZE, inputs), x, Settings())
+    return lambda x, **_: identity_attention(Place(module, SIZE, inputs), x, Settings())
 
 
 @pytest.mark.parametrize("extra", [1, 2, 4])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sag_pag.demo.unet import BasicTransformerBlock, UNetKwargs, UNetModel, sd2_config, sd15_config, sdxl_config
-from sag_pag.engine.topology import BlockNameError, Topology, check_names, similar_names
+from sag_pag.engine.blocks import BlockNameError, similar_names
+from sag_pag.engine.topology import UNetTopology, check_names
 
 REFINER = UNetKwargs(
     in_channels=4, out_channels=4, model_channels=384, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
@@ -32,8 +33,8 @@ def unet(model: str) -> UNetModel:
 
 
 @cache
-def topology(model: str) -> Topology:
-    return Topology(unet(model))
+def topology(model: str) -> UNetTopology:
+    return UNetTopology(unet(model))
 
 
 def resolved(model: str, text: str) -> list[str]:
@@ -216,14 +217,14 @@ def test_blocks_without_self_attention_do_not_count() -> None:
     block = model.get_submodule("input_blocks.4.1.transformer_blocks.0")
     block.disable_self_attn = True  # type: ignore[assignment]
     with pytest.raises(BlockNameError):
-        Topology(model).resolve("input.4")
-    assert Topology(model).block_names() == [name for name in SD1_NAMES if name != "input.4"]
+        UNetTopology(model).resolve("input.4")
+    assert UNetTopology(model).block_names() == [name for name in SD1_NAMES if name != "input.4"]
 
 
 @pytest.mark.parametrize("module", [nn.Linear(1, 1), nn.Sequential(), nn.ModuleDict({"input_blocks": nn.ModuleList()})])
 def test_no_unet(module: nn.Module) -> None:
     with pytest.raises(TypeError, match=type(module).__name__):
-        Topology(module)
+        UNetTopology(module)
 
 
 @pytest.mark.parametrize(("text", "meant"), [

@@ -15,7 +15,7 @@ from sag_pag.engine.branch import Branch, denoise_with_branch
 from sag_pag.engine.calls import APART, JOINED, Manner
 from sag_pag.engine.perturbations import Place, swapped_tokens
 from sag_pag.engine.rows import take_rows
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.neighbours.unknown import REPEATED
 from sag_pag.settings import Settings
 
@@ -63,7 +63,7 @@ def inputs() -> tuple[Tensor, Tensor, dict[str, Any]]:
     return x, torch.tensor([700.0, 500.0, 700.0, 500.0]), {"text": [context], "name": "kept"}
 
 
-def perturbed_alone(unet: nn.Module, topology: Topology, text: str, rows: range) -> Tensor:
+def perturbed_alone(unet: nn.Module, topology: UNetTopology, text: str, rows: range) -> Tensor:
     x, sigma, cond = inputs()
     sites = topology.resolve(text)
     try:
@@ -82,7 +82,7 @@ def perturbed_alone(unet: nn.Module, topology: Topology, text: str, rows: range)
     *((text, range(1, 3)) for text in PERTURBED), ("middle", range(2)), ("middle.1", range(4)), ("output.3", range(1)),
 ])
 def test_perturbed_rows(unet: nn.Module, text: str, own_call: bool, rows: range) -> None:
-    topology, denoise = Topology(unet), Denoise(unet)
+    topology, denoise = UNetTopology(unet), Denoise(unet)
     x, sigma, cond = inputs()
     out, perturbed = denoise_with_branch(denoise, x, sigma, cond=cond, branch=Branch(
         topology, unchanged_inputs, rows=rows, perturbed=topology.resolve(text), manner=APART if own_call else JOINED,
@@ -115,7 +115,7 @@ class Blurred(Identity):
 def test_blurred_queries_in_place(
     unet: nn.Module, text: str, manner: Manner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    topology, rows = Topology(unet), [2, 0]
+    topology, rows = UNetTopology(unet), [2, 0]
     x, sigma, cond = inputs()
     settings = Settings(pag_enabled=True, pag_perturbation="blurred queries")
     out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
@@ -136,7 +136,7 @@ def test_blurred_queries_in_place(
 @pytest.mark.parametrize("read", ["", "input.1", "middle.1", "output.3"])
 def test_swapped_tokens_in_place(unet: nn.Module, text: str, read: str, manner: Manner) -> None:
     """They are the transformer block's input, so that they are in the residual too."""
-    topology, rows = Topology(unet), [2, 0]
+    topology, rows = UNetTopology(unet), [2, 0]
     x, sigma, cond = inputs()
     settings = Settings(pag_enabled=True, pag_perturbation="swapped tokens", pag_swap=0.3)
     capture = MapCapture([3, 2], (8, 6)) if read else None
@@ -170,7 +170,7 @@ def test_swapped_tokens_in_place(unet: nn.Module, text: str, read: str, manner: 
 @pytest.mark.parametrize("read", ["input.1", "input.3.2", "middle.0", "middle.1", "middle.2", "output.0.1", "output.3"])
 def test_reading_a_map_on_the_way(unet: nn.Module, read: str, perturb: str, own_call: bool) -> None:
     """Before, at and after the first perturbed attention: always the map of the host's own rows."""
-    topology, denoise = Topology(unet), Denoise(unet)
+    topology, denoise = UNetTopology(unet), Denoise(unet)
     x, sigma, cond = inputs()
     site, = topology.resolve(read)
     captures = [MapCapture([3, 2], (8, 6)), MapCapture([3, 2], (8, 6))]
@@ -189,7 +189,7 @@ def test_reading_a_map_on_the_way(unet: nn.Module, read: str, perturb: str, own_
 
 def test_noise_of_another_extension_is_the_same_in_both_calls(unet: nn.Module) -> None:
     """With a single token identity attention changes nothing: what differs would be the noise."""
-    topology = Topology(unet)
+    topology = UNetTopology(unet)
     x, sigma, cond = inputs()
     x = x[:, :, :1, :1]
     handle = unet.register_forward_hook(lambda _, __, out: out + torch.randn_like(out))
@@ -213,7 +213,7 @@ def test_noise_of_another_extension_is_the_same_in_both_calls(unet: nn.Module) -
 @pytest.mark.parametrize("own_call", [False, True])
 @pytest.mark.parametrize("text", ["input.1", "middle.1", "output.3"])
 def test_nothing_is_left_when_the_model_raises(unet: nn.Module, text: str, own_call: bool) -> None:
-    topology = Topology(unet)
+    topology = UNetTopology(unet)
     before = [dict(vars(module)) for module in unet.modules()]
     x, sigma, cond = inputs()
 
@@ -234,7 +234,7 @@ def test_nothing_is_left_when_the_model_raises(unet: nn.Module, text: str, own_c
 @pytest.mark.parametrize("own_call", [False, True])
 def test_an_attention_that_does_not_run_is_an_error(unet: nn.Module, own_call: bool) -> None:
     """A block that another extension skips would leave the perturbed rows as they are: guidance of zero."""
-    topology = Topology(unet)
+    topology = UNetTopology(unet)
     x, sigma, cond = inputs()
     block = topology.resolve("middle.1")[0].transformer_block
     block.forward = lambda x, context=None: x  # type: ignore[method-assign]
@@ -250,7 +250,7 @@ def test_an_attention_that_does_not_run_is_an_error(unet: nn.Module, own_call: b
 
 
 def test_the_prefix_is_as_large_as_possible(unet: nn.Module) -> None:
-    topology = Topology(unet)
+    topology = UNetTopology(unet)
     site = topology.resolve("middle.1")[0]
     middle: Any = unet.get_submodule("middle_block")
     expected = [*unet.get_submodule("input_blocks").children(), middle[0], middle[1].transformer_blocks[0]]

@@ -12,7 +12,7 @@ from lab.benchmark.steps import Method, step_config, step_flops
 from sag_pag.demo.unet import UNetModel
 from sag_pag.engine.cost import Pass, UNetCost, picture_cost
 from sag_pag.engine.plan import plan_at
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 CASES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def valid(layout: str) -> dict[str, dict[str, Any]]:
 def cost_of(layout: str, latent: int) -> UNetCost:
     config, _ = step_config(layout, small=True)
     with torch.device("meta"):
-        return UNetCost(Topology(UNetModel(**config)), (latent, latent))
+        return UNetCost(UNetTopology(UNetModel(**config)), (latent, latent))
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -67,7 +67,7 @@ def test_a_step_costs_what_is_counted(layout: str, latent: int, case: str) -> No
 def test_sizes_that_do_not_halve_evenly() -> None:
     config, _ = step_config("sd1", small=True)
     with torch.device("meta"):
-        cost = UNetCost(Topology(UNetModel(**config)), (9, 14))
+        cost = UNetCost(UNetTopology(UNetModel(**config)), (9, 14))
     sizes = {site.block_name: size for site, size in cost.map_sizes.items()}
     assert (sizes["input.1"], sizes["input.4"], sizes["middle"], sizes["output.3"], sizes["output.11"]) == (
         (9, 14), (5, 7), (2, 2), (3, 4), (9, 14),

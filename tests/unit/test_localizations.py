@@ -14,7 +14,7 @@ from sag_pag.webui import texts
 from sag_pag.webui.presets import BUILT_IN
 
 FOLDER = Path(__file__).parents[2] / "localizations"
-SAME_IN_EVERY_LANGUAGE = {"SD 1.5", "SDXL"}
+SAME_IN_EVERY_LANGUAGE = {"SD 1.5", "SDXL", "SD3"}
 """Names of models."""
 WITH_ANOTHER_NAME = {"zh-Hans (Stable)": "zh_CN", "zh-Hans (Testing)": "zh_CN"}
 """Users choose a language by its file's name, and the big localisation packs have different ones for the same."""

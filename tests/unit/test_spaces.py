@@ -16,7 +16,7 @@ from sag_pag.engine.plan import plan_at
 from sag_pag.engine.rows import StepRows
 from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 from sag_pag.engine.step import GuidedStep
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import Settings
 
 TINY = UNetKwargs(
@@ -53,7 +53,7 @@ def _float64_weights_compute_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def guided(unet: nn.Module, space: Space, predict: Callable[..., Tensor], x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
-    topology = Topology(unet)
+    topology = UNetTopology(unet)
     plan = plan_at(BOTH_ON, topology, progress=0.5)
     assert plan is not None
     step = GuidedStep(plan, topology=topology, rows=ROWS, space=space)

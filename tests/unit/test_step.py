@@ -17,7 +17,7 @@ from sag_pag.engine.plan import plan_at
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace
 from sag_pag.engine.step import GuidedStep
-from sag_pag.engine.topology import Topology
+from sag_pag.engine.topology import UNetTopology
 from sag_pag.neighbours.unknown import REPEATED
 from sag_pag.settings import Settings
 
@@ -56,7 +56,7 @@ def made_step(
     unet: UNetModel, calls: Sequence[Sequence[Row]], *, manner: Manner = JOINED, **settings: Any
 ) -> tuple[GuidedStep, dict[Row, Tensor]]:
     """The step after the host's calls, each with some of the rows in some order, and what they put out."""
-    topology = Topology(unet)
+    topology = UNetTopology(unet)
     plan = plan_at(Settings(sag_enabled=True, pag_enabled=True, **settings), topology, progress=0.5)
     assert plan is not None
     step = GuidedStep(plan, topology=topology, rows=ROWS, space=SigmaSpace(), manner=manner)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from mmdit import Shape, redrawn
 from torch import Tensor, nn
 
 from modules import shared
@@ -25,6 +26,7 @@ _XL = UNetKwargs(
     **{**_BASE, "transformer_depth": (1, 2), "use_linear_in_transformer": True},  # type: ignore[typeddict-item]
     num_classes="sequential", adm_in_channels=VECTOR,
 )
+_SD3 = Shape(depth=4, latents=4, context=WIDTH, pooled=VECTOR)  # of the others' channels, so that they can take turns
 KINDS: dict[str, UNetKwargs] = {
     "sd1": _BASE,
     "sd1-v": _BASE,
@@ -45,7 +47,8 @@ class StableDiffusion(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        unet = redraw_(UNetModel(**KINDS[kind]), seed=1, gain=1.5).requires_grad_(False)
+        unet: Any = redrawn(_SD3, seed=1) if kind == "sd3" else redraw_(UNetModel(**KINDS[kind]), seed=1, gain=1.5)
+        unet.requires_grad_(False)
         if kind == "no-middle":
             del unet.middle_block[1]  # type: ignore[operator]
         self.kind = kind
@@ -56,6 +59,9 @@ class StableDiffusion(nn.Module):
         self.parameterization = "v" if kind == "sd1-v" else "eps"
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
+        if kind == "sd3":  # from x0 to noise in a straight line, shifted by 3; the rest of the host wants alphas
+            times = torch.arange(1, 1001) / 1000
+            self.alphas_cumprod = 1 / ((3 * times / (1 + 2 * times)) ** 2 + 1)
         self.sd_checkpoint_info = SimpleNamespace(name=kind, name_for_extra=kind)
         self.reset()
 
@@ -68,7 +74,7 @@ class StableDiffusion(nn.Module):
     def encode(self, text: str) -> Any:
         """A prompt's condition; long prompts have more tokens."""
         tokens = CHUNK * (1 + len(text.split()) // CHUNK)
-        if self.kind == "sdxl":
+        if self.kind in ("sdxl", "sd3"):
             return {"crossattn": seeded(text, tokens, WIDTH), "vector": seeded(text, VECTOR)}
         return seeded(text, tokens, WIDTH)
 
@@ -80,6 +86,9 @@ class StableDiffusion(nn.Module):
         context = cond["crossattn"] if "crossattn" in cond else torch.cat(cond["c_crossattn"], dim=1)
         extra = {"y": cond["vector"]} if "vector" in cond else {}
         assert len(x) == len(t) == len(context)
+        if self.kind == "sd3":  # t is sigma, and the result x0
+            velocity: Tensor = self.model.diffusion_model(x, 1000 * t, context=context, **extra)
+            return x - t[:, None, None, None] * velocity
         out: Tensor = self.model.diffusion_model(x, t, context=context, **extra)
         return out
 
@@ -113,6 +122,8 @@ class SigmaDenoiser(nn.Module):
         return (above - 1 + (sigma.log() - low) / (high - low)).clamp(0, 999)
 
     def forward(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        if self.inner_model.kind == "sd3":
+            return self.inner_model.apply_model(x, sigma, **kwargs)
         s = sigma[:, None, None, None]
         shrink = (1 + s**2).rsqrt()
         out = self.inner_model.apply_model(x * shrink, self.sigma_to_t(sigma), **kwargs)

@@ -47,6 +47,10 @@ def _after_unet(*_: Any) -> None:
         STATE["counted"] += counter.get_total_flops()
 
 
+def _middle() -> Any:
+    return _unet().joint_blocks[-1] if hasattr(_unet(), "joint_blocks") else _unet().middle_block[0]
+
+
 def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
     if STATE["raise_at"] is not None and len(STATE["calls"]) >= STATE["raise_at"]:
         STATE["raise_at"] = None
@@ -69,7 +73,7 @@ class Probe(scripts.Script):
         STATE["hook"] = (
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
             unet.register_forward_hook(_after_unet),
-            unet.middle_block[0].register_forward_pre_hook(_before_middle),
+            _middle().register_forward_pre_hook(_before_middle),
         )
 
 
