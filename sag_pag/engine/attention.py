@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sag_pag.engine.patching import Forward
-from sag_pag.engine.rows import join_rows, replace_rows, take_rows
+from sag_pag.engine.patching import Forward, unhooked
+from sag_pag.engine.rows import join_rows, replace_rows, stacked_rows, take_rows
 from sag_pag.guidance import without_autocast
 
 KeyValueInputs = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ def attention_received(
 
 def _received_in_row(attention: nn.Module, tokens: Tensor, key_value_inputs: KeyValueInputs) -> Tensor:
     heads = int(attention.heads)  # type: ignore[arg-type]
-    key: Tensor = attention.get_submodule("to_k")(key_value_inputs(tokens)[0])[0]
+    key: Tensor = unhooked(attention, "to_k")(key_value_inputs(tokens)[0])[0]
     count = key.shape[0]
     head_size = key.shape[-1] // heads
     precision = torch.float64 if key.dtype == torch.float64 else torch.float32
@@ -47,7 +47,7 @@ def _received_in_row(attention: nn.Module, tokens: Tensor, key_value_inputs: Key
     queries = max(1, min(count, LOGITS_BUDGET // (count * head_group)))
     received = torch.zeros(count, dtype=precision, device=key.device)
     for start in range(0, count, queries):
-        query: Tensor = attention.get_submodule("to_q")(tokens[:, start : start + queries])[0]
+        query: Tensor = unhooked(attention, "to_q")(tokens[:, start : start + queries])[0]
         with without_autocast(query.device):
             for first in range(0, heads, head_group):
                 part = slice(first * head_size, min(first + head_group, heads) * head_size)
@@ -115,19 +115,26 @@ Perturb = Callable[..., Any]
 """From some rows of what an attention or a transformer block gets, what it puts out, or gets, instead."""
 
 
+def _copies(count: int, *, of: int, stacked: bool) -> int:
+    """How often ``of`` rows are in a call of ``count``; 0 if it is not a call of these."""
+    return count // of if count % of == 0 and (stacked or count == of) else 0
+
+
 @dataclass
 class AttentionPatch:
     """One self-attention's behaviour in a call of ``rows`` rows: those in ``perturbed`` put out something else.
 
     With ``left_out`` these are the last rows, and the host's attention does not see them; else it sees all, and their
-    output is replaced. A call with another number of rows (an extension that runs the attention on some rows of its
-    own) is left to the host. ``applied`` tells whether any call was this patch's.
+    output is replaced. ``stacked``: the rows may come several times over. A call with another number of rows (an
+    extension that runs the attention on some rows of its own) is left to the host. ``applied`` tells whether any call
+    was this patch's.
     """
 
     rows: int
     perturb: Perturb | None = None
     perturbed: Sequence[int] = ()
     left_out: bool = False
+    stacked: bool = False
     read: Callable[[Tensor], None] | None = None
     applied: bool = field(default=False, init=False)
 
@@ -135,22 +142,28 @@ class AttentionPatch:
         """The replacement for ``host``, the present forward of the module that makes the attention."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if x.shape[0] != self.rows:
+            copies = _copies(len(x), of=self.rows, stacked=self.stacked)
+            if not copies:
                 return host(x, *args, **kwargs)
             self.applied = True
             if self.read is not None:
                 self.read(x)
             if self.perturb is None:
                 return host(x, *args, **kwargs)
-            some_args, some_kwargs = take_rows(((x, *args), kwargs), self.perturbed, total=self.rows)
+            rows = stacked_rows(self.perturbed, of=self.rows, copies=copies)
+            some_args, some_kwargs = take_rows(((x, *args), kwargs), rows, total=len(x))
             perturbed = self.perturb(*some_args, **some_kwargs)
             if not self.left_out:
-                return replace_rows(host(x, *args, **kwargs), self.perturbed, perturbed)
-            kept = range(self.rows - len(self.perturbed))
+                return replace_rows(host(x, *args, **kwargs), rows, perturbed)
+            kept = stacked_rows(range(self.rows - len(self.perturbed)), of=self.rows, copies=copies)
             if not kept:
                 return perturbed
-            own_args, own_kwargs = take_rows(((x, *args), kwargs), kept, total=self.rows)
-            return join_rows(host(*own_args, **own_kwargs), perturbed)
+            own_args, own_kwargs = take_rows(((x, *args), kwargs), kept, total=len(x))
+            joined = join_rows(host(*own_args, **own_kwargs), perturbed)
+            if copies == 1:
+                return joined
+            order = sorted(range(len(x)), key=[*kept, *rows].__getitem__)
+            return take_rows(joined, order, total=len(x))
 
         return forward
 
@@ -162,16 +175,19 @@ class BlockPatch:
     rows: int
     perturb: Perturb
     perturbed: Sequence[int]
+    stacked: bool = False
     applied: bool = field(default=False, init=False)
 
     def wrap(self, host: Forward) -> Forward:
         """The replacement for ``host``, the block's present forward."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if x.shape[0] != self.rows:
+            copies = _copies(len(x), of=self.rows, stacked=self.stacked)
+            if not copies:
                 return host(x, *args, **kwargs)
             self.applied = True
-            perturbed = self.perturb(take_rows(x, self.perturbed, total=self.rows))
-            return host(replace_rows(x, self.perturbed, perturbed), *args, **kwargs)
+            rows = stacked_rows(self.perturbed, of=self.rows, copies=copies)
+            perturbed = self.perturb(take_rows(x, rows, total=len(x)))
+            return host(replace_rows(x, rows, perturbed), *args, **kwargs)
 
         return forward

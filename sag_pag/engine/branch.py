@@ -7,12 +7,14 @@ the middle block of SD 1.5 and SDXL an extra row costs 0.69 of a plain one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sag_pag.engine.attention import AttentionPatch, BlockPatch, KeyValueInputs, MapCapture, MapSize
@@ -20,8 +22,14 @@ from sag_pag.engine.blocks import AttentionSite, Topology
 from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
 from sag_pag.engine.patching import Forward, forward_replaced, without_hooks
 from sag_pag.engine.perturbations import Perturbation, Place
-from sag_pag.engine.rows import copied, count_rows, join_rows, take_rows
+from sag_pag.engine.rows import copied, count_rows, join_rows, stacked_rows, take_rows
 from sag_pag.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def _ignored(_: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Branch:
     """What to add to one denoiser call.
 
     ``rows``: those of the call to run once more, perturbed at ``perturbed`` in the way that ``settings`` name.
-    ``capture``: reads the attention map of ``read`` on the way.
+    ``capture``: reads the attention map of ``read`` on the way. ``trusted``: calls like this one have been tried.
+    ``say_failure`` is told why guidance can't be had from this call, beside somebody of whom nothing is known.
     """
 
     topology: Topology
@@ -41,6 +50,8 @@ class Branch:
     read: AttentionSite | None = None
     manner: Manner = JOINED
     watch: Watch = field(default_factory=Watch)
+    trusted: bool = False
+    say_failure: Callable[[str], None] = _ignored
 
     @property
     def perturbation(self) -> Perturbation:
@@ -48,19 +59,26 @@ class Branch:
         return self.topology.perturbations[self.settings.pag_perturbation]
 
 
+class NotRunError(RuntimeError):
+    """A selected attention did not run as expected: another extension has replaced it, skips it or works in tiles."""
+
+
 def denoise_with_branch(
     denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch,
 ) -> tuple[Tensor, Tensor | None]:
     """The denoiser's output for its own rows and, if any rows are perturbed, for the perturbed ones.
 
-    Nothing stays on any module after the call, whether it returns or raises. Raises ``RuntimeError`` if the model or a
-    selected attention did not run as expected (another extension has replaced it, or works in tiles).
+    Nothing stays on any module after the call, whether it returns or raises. Raises ``NotRunError`` if the model or a
+    selected attention did not run as expected, and the manner is not one in which that is only said.
     """
+    if branch.manner.perturbed == "repeated":
+        return _repeated(denoise, x, sigma, cond=cond, branch=branch)
     if not branch.rows:
         total = x.shape[0]
-        with branch.watch.host_call(), _applied(branch, _Patches.reading(branch, rows=total), rows=total):
+        patches = _Patches.reading(branch, rows=total)
+        with branch.watch.host_call(total=x.shape[0], again=()), _applied(branch, patches, rows=total):
             return denoise(x, sigma, cond=cond), None
-    make = {"joined": _joined, "apart": _apart, "repeated": _repeated}[branch.manner.perturbed]
+    make = {"joined": _joined, "apart": _apart}[branch.manner.perturbed]
     return make(denoise, x, sigma, cond=cond, branch=branch)
 
 
@@ -70,7 +88,8 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
     with_extra = partial(take_rows, rows=[*range(total), *branch.rows], total=total)
     patches = _Patches.perturbing(branch, rows=combined, perturbed=range(total, combined), extra=True)
     patches.read(branch, rows=combined, rows_in_prefix=total)
-    with branch.watch.host_call(), _applied(branch, patches, rows=combined, prefix=_shared(total, branch.rows)):
+    prefix = _shared(total, branch.rows, stacked=branch.manner.stacked)
+    with branch.watch.host_call(total=x.shape[0], again=()), _applied(branch, patches, rows=combined, prefix=prefix):
         out = denoise(with_extra(x), with_extra(sigma), cond=with_extra(cond))
     return out[:total], out[total:]
 
@@ -78,30 +97,72 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
 def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch) -> tuple[Tensor, Tensor]:
     total, rows = x.shape[0], branch.rows
     own = partial(take_rows, rows=rows, total=total)
-    record: dict[nn.Module, Any] = {}
-    chained = branch.topology.chained
-    recorded = _recorded(record, rows, total=total, chained=chained)
+    last = branch.topology.prefix(branch.perturbed[0])[-1:]
+    record = _Record(
+        total, rows, branch.watch, last=last[0] if last else None, chained=branch.topology.chained,
+    )
+    reading = _Patches.reading(branch, rows=total)
     with (
-        branch.watch.host_call(), _applied(branch, _Patches.reading(branch, rows=total), rows=total, prefix=recorded),
+        branch.watch.host_call(total=total, again=rows),
+        _applied(branch, reading, rows=total, prefix=record.recording),
     ):
         out = denoise(x, sigma, cond=cond)
     patches = _Patches.perturbing(branch, rows=len(rows), perturbed=range(len(rows)), extra=True)
     with (
         branch.watch.own_call(rows, same_picture=True), _not_moved(branch),
-        _applied(branch, patches, rows=len(rows), prefix=_replayed(record, chained=chained)),
+        _applied(branch, patches, rows=len(rows), prefix=record.replaying),
     ):
         perturbed = denoise(own(x), own(sigma), cond=own(cond))
     return out, perturbed
 
 
-def _repeated(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch) -> tuple[Tensor, Tensor]:
-    total = x.shape[0]
-    with branch.watch.host_call(), _applied(branch, _Patches.reading(branch, rows=total), rows=total):
+def _repeated(
+    denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch,
+) -> tuple[Tensor, Tensor | None]:
+    total, rows = x.shape[0], branch.rows
+    reading = _Patches.reading(branch, rows=total)
+    with branch.watch.host_call(total=total, again=rows), _applied(branch, reading, rows=total, whole=False):
         out = denoise(x, sigma, cond=cond)
-    patches = _Patches.perturbing(branch, rows=total, perturbed=branch.rows, extra=False)
-    with branch.watch.own_call(range(total), same_picture=True), _applied(branch, patches, rows=total):
+    if missed := reading.missed():
+        branch.say_failure(_NOT_EVERYWHERE.format(", ".join(missed)))
+        return out, None
+    _try_again(out, branch, lambda: denoise(x, sigma, cond=cond))
+    if branch.manner.trust is not None and not branch.manner.trust.reproduces:
+        branch.say_failure(branch.manner.trust.because)
+        return out, None
+    if not rows:
+        return out, None
+    patches = _Patches.perturbing(branch, rows=total, perturbed=rows, extra=False)
+    with branch.watch.own_call(range(total), same_picture=True), _applied(branch, patches, rows=total, whole=False):
         perturbed = denoise(x, sigma, cond=cond)
-    return out, take_rows(perturbed, branch.rows, total=total)
+    if missed := patches.missed():
+        branch.say_failure(_NOT_EVERYWHERE.format(", ".join(missed)))
+        return out, None
+    return out, take_rows(perturbed, rows, total=total)
+
+
+_NOT_EVERYWHERE = "the self-attention of {} did not run in every step"
+REPRODUCED = 1e-3
+"""How far, relative to the largest value, a call made once more may be from the first: devices are not exact."""
+
+
+def _try_again(out: Tensor, branch: Branch, call: Callable[[], Tensor]) -> None:
+    """Finds out whether the host's call can be made once more, if that is not known yet."""
+    trust = branch.manner.trust
+    if trust is None or trust.reproduces is False or branch.trusted:
+        return
+    first = out.clone()
+    try:
+        with branch.watch.own_call(range(len(out)), same_picture=True):
+            second = call()
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever somebody unknown fails with
+        logger.warning("a call of the model made once more failed", exc_info=True)
+        trust.reproduces, trust.because = False, f"a call made once more failed with {type(error).__name__}"
+        return
+    near = second.shape == first.shape and bool((second - first).abs().max() <= REPRODUCED * first.abs().max())
+    trust.reproduces, trust.because = near, "" if near else "a call made once more gives something else"
 
 
 class _Patches:
@@ -116,13 +177,15 @@ class _Patches:
     @classmethod
     def perturbing(cls, branch: Branch, *, rows: int, perturbed: Sequence[int], extra: bool) -> _Patches:
         """A call of so many rows of which some are perturbed; ``extra`` rows the host's attention need not see."""
-        made = cls()
+        made, stacked = cls(), branch.manner.stacked
         for site in branch.perturbed:
             perturb = partial(_perturb, branch, site, made._size_at(site))
             if branch.perturbation.at == "block":
-                made.blocks[site] = BlockPatch(rows, perturb, perturbed)
+                made.blocks[site] = BlockPatch(rows, perturb, perturbed, stacked)
             else:
-                made.attentions[site] = AttentionPatch(rows, perturb, perturbed, left_out=extra)
+                made.attentions[site] = AttentionPatch(
+                    rows, perturb, perturbed, left_out=extra, stacked=stacked
+                )
         return made
 
     @classmethod
@@ -180,56 +243,70 @@ def _read(branch: Branch, site: AttentionSite, map_size: MapSize, capture: MapCa
 MakePrefixForward = Callable[[nn.Module, Forward], Forward]
 
 
-def _shared(total: int, rows: Sequence[int]) -> MakePrefixForward:
+def _shared(total: int, rows: Sequence[int], *, stacked: bool) -> MakePrefixForward:
     """Prefix modules compute the first ``total`` rows; the extra ones get copies of ``rows``."""
     combined = total + len(rows)
 
     def make(module: nn.Module, host: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if count_rows(args, kwargs) != combined:
+            count = count_rows(args, kwargs) or 0
+            copies, rest = divmod(count, combined)
+            if rest or not copies or (copies > 1 and not stacked):
                 return host(*args, **kwargs)
-            own_args, own_kwargs = take_rows((args, kwargs), range(total), total=combined)
+            kept = stacked_rows(range(total), of=combined, copies=copies)
+            own_args, own_kwargs = take_rows((args, kwargs), kept, total=count)
             out = host(*own_args, **own_kwargs)
-            return join_rows(out, take_rows(out, rows, total=total))
+            if copies == 1:
+                return join_rows(out, take_rows(out, rows, total=total))
+            return take_rows(out, stacked_rows([*range(total), *rows], of=total, copies=copies), total=copies * total)
 
         return forward
 
     return make
 
 
-def _recorded(
-    record: dict[nn.Module, Any], rows: Sequence[int], *, total: int, chained: bool,
-) -> MakePrefixForward:
-    """Prefix modules run as always, and what they put out for ``rows`` is kept; of a chain what its last one does."""
-    seen: set[nn.Module] = set()
+class _Record:
+    """What the prefix modules of a call of ``total`` rows put out for ``rows``, to be put out once more.
 
-    def make(module: nn.Module, host: Forward) -> Forward:
+    ``last`` is the last of them: a call that leaves them out goes on from where the first call was after it. Of a chain
+    what its last one puts out is kept alone.
+    """
+
+    def __init__(
+        self, total: int, rows: Sequence[int], watch: Watch, *, last: nn.Module | None, chained: bool,
+    ) -> None:
+        self._total, self._rows, self._watch, self._last, self._chained = total, rows, watch, last, chained
+        self._seen: set[nn.Module] = set()
+        self._out: dict[nn.Module, Any] = {}
+        self._passed: Any = None
+
+    def recording(self, module: nn.Module, host: Forward) -> Forward:
+        """Runs as always."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if module in seen:
-                raise RuntimeError("PAG needs the whole picture in one model call; another extension makes several")
-            seen.add(module)
+            if module in self._seen:
+                raise NotRunError("PAG needs the whole picture in one model call; another extension makes several")
+            self._seen.add(module)
             out = host(*args, **kwargs)
-            if chained:
-                record.clear()
+            if self._chained:
+                self._out.clear()
             # a copy: others may change their skip connections in place
-            record[module] = copied(take_rows(out, rows, total=total))
+            self._out[module] = copied(take_rows(out, self._rows, total=self._total))
+            if module is self._last:
+                self._passed = self._watch.passed()
             return out
 
         return forward
 
-    return make
+    def replaying(self, module: nn.Module, host: Forward) -> Forward:
+        """Puts out what was recorded."""
 
-
-def _replayed(record: dict[nn.Module, Any], *, chained: bool) -> MakePrefixForward:
-    """Prefix modules put out what was recorded; those of a chain before its last one, what they get."""
-
-    def make(module: nn.Module, host: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return args if chained and module not in record else record.pop(module)
+            if module is self._last:
+                self._watch.skip_to(self._passed)
+            return args if self._chained and module not in self._out else self._out.pop(module)
 
         return forward
-
-    return make
 
 
 @contextmanager
@@ -243,14 +320,16 @@ def _not_moved(branch: Branch) -> Iterator[None]:
 
 @contextmanager
 def _applied(
-    branch: Branch, patches: _Patches, *, rows: int, prefix: MakePrefixForward | None = None,
+    branch: Branch, patches: _Patches, *, rows: int, prefix: MakePrefixForward | None = None, whole: bool = True,
 ) -> Iterator[None]:
-    """Puts on all of a call's patches, takes them off, and checks that every patched attention ran."""
+    """Puts on all of a call's patches, takes them off, and, if the ``whole`` model has to run, checks that every
+    patched attention did.
+    """
 
     def checked(host: Forward) -> Forward:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if x.shape[0] != rows:
-                raise RuntimeError(
+            if x.shape[0] % rows or (x.shape[0] != rows and not branch.manner.stacked):
+                raise NotRunError(
                     f"another extension gave the model {x.shape[0]} rows instead of {rows}: guidance can't be used "
                     "with pictures made in tiles"
                 )
@@ -268,5 +347,5 @@ def _applied(
             for module in branch.topology.prefix(branch.perturbed[0]):
                 stack.enter_context(forward_replaced(module, partial(prefix, module)))
         yield
-    if missed := patches.missed():
-        raise RuntimeError(f"the self-attention of {', '.join(missed)} did not run with the rows that it should have")
+    if whole and (missed := patches.missed()):
+        raise NotRunError(f"the self-attention of {', '.join(missed)} did not run with the rows that it should have")

@@ -35,14 +35,31 @@ class Watch:
     """
 
     @contextmanager
-    def host_call(self) -> Iterator[None]:
-        """Around the host's own call."""
+    def host_call(self, *, total: int, again: Sequence[int]) -> Iterator[None]:
+        """Around the host's own call of ``total`` rows, of which a call of ours carries ``again`` at that picture."""
         yield
 
     @contextmanager
     def own_call(self, rows: Sequence[int], *, same_picture: bool) -> Iterator[None]:
         """Around a call of ours that carries ``rows`` of the host's call, at the same picture or at another one."""
         yield
+
+    def passed(self) -> Any:
+        """During the host's call: what ``skip_to`` needs to make a later call of ours go on from here."""
+
+    def skip_to(self, passed: Any) -> None:
+        """During a call of ours that has left out what the host's call did before it was ``passed``."""
+
+
+@dataclass
+class Trust:
+    """Whether a call made once more gives what the host's call gave, beside somebody of whom that is not known.
+
+    ``reproduces`` is ``None`` until it has been tried. ``because`` says why it does not.
+    """
+
+    reproduces: bool | None = None
+    because: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,16 +68,22 @@ class Manner:
     the first perturbed attention taken from the host's (``apart``), or the host's rows are ``repeated`` and perturbed
     there. ``degraded``: SAG's rows make a call ``apart``, or the host's rows are ``repeated`` with SAG's changed.
     ``moves`` tells of a module's forward pre-hook whether all it does is to move the module to the GPU, which one that
-    only puts out what is known already does not need.
+    only puts out what is known already does not need. ``stacked``: the model may get a call's rows several times over,
+    one behind the other, once for each tile of the picture. ``trust``: the first call is made once more to see
+    whether that can be done at all.
     """
 
     perturbed: Literal["joined", "apart", "repeated"] = "joined"
     degraded: Literal["apart", "repeated"] = "apart"
     watch: Callable[[], Watch] = Watch
     moves: Callable[[Hook], bool] = moves_nothing
+    stacked: bool = False
+    trust: Trust | None = None
 
 
 JOINED = Manner()
 """Where nobody else is in the model and memory is not short."""
 APART = Manner(perturbed="apart")
 """Where memory is short."""
+REPEATED = Manner(perturbed="repeated", degraded="repeated")
+"""The host's own rows and no others, in every call."""

@@ -52,3 +52,11 @@ def without_hooks(module: nn.Module, unwanted: Callable[[Hook], bool]) -> Iterat
         yield
     finally:
         module._forward_pre_hooks = kept
+
+
+def unhooked(module: nn.Module, part: str) -> Forward:
+    """The forward of a module's part, without the hooks that others have put on it: they are there for the calls that
+    the module itself makes, with the rows that it has.
+    """
+    forward: Forward = module.get_submodule(part).forward
+    return forward

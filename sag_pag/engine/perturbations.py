@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sag_pag.engine.attention import KeyValueInputs
 from sag_pag.engine.operations import attention_channels, linear_operations, map_operations
+from sag_pag.engine.patching import unhooked
 from sag_pag.guidance import MergedTokensError, working_precision
 from sag_pag.settings import BLURRED, IDENTITY, SWAPPED, WHOLE_MAP, Settings
 
@@ -53,8 +54,8 @@ class Perturbation:
 
 def identity_attention(place: Place, tokens: Tensor, _: Settings) -> Tensor:
     """The identity as the attention map, ``to_out(to_v(tokens))`` (PAG, arXiv 2403.17377)."""
-    value: Tensor = place.attention.get_submodule("to_v")(place.inputs(tokens)[1])
-    result: Tensor = place.attention.get_submodule("to_out")(value)
+    value: Tensor = unhooked(place.attention, "to_v")(place.inputs(tokens)[1])
+    result: Tensor = unhooked(place.attention, "to_out")(value)
     return result
 
 
@@ -70,11 +71,11 @@ def blurred_attention(place: Place, tokens: Tensor, settings: Settings) -> Tenso
     """
     attention, heads = place.attention, int(place.attention.heads)  # type: ignore[arg-type]
     key_input, value_input = place.inputs(tokens)
-    query = blur_queries(attention.get_submodule("to_q")(tokens), place.size, sigma=settings.pag_query_blur)
-    key, value = attention.get_submodule("to_k")(key_input), attention.get_submodule("to_v")(value_input)
+    query = blur_queries(unhooked(attention, "to_q")(tokens), place.size, sigma=settings.pag_query_blur)
+    key, value = unhooked(attention, "to_k")(key_input), unhooked(attention, "to_v")(value_input)
     by_head = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
     out = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
-    result: Tensor = attention.get_submodule("to_out")(out)
+    result: Tensor = unhooked(attention, "to_out")(out)
     return result
 
 

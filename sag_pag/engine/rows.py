@@ -126,3 +126,8 @@ def replace_rows(value: Any, rows: Sequence[int], others: Any) -> Any:
 def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The rows of a module's call: those of its first tensor."""
     return next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
+
+
+def stacked_rows(rows: Sequence[int], *, of: int, copies: int) -> list[int]:
+    """Where ``rows`` of a call with ``of`` rows are when it is stacked ``copies`` times."""
+    return [copy * of + row for copy in range(copies) for row in rows]

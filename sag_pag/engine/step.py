@@ -83,6 +83,9 @@ class GuidedStep:
         self._pag_delta: dict[int, Tensor] = {}
         self._read_calls: list[_ReadCall] = []
         self._sag: dict[int, _Sag] = {}
+        self._tried = manner.trust is not None and manner.trust.reproduces is True
+        self.failure = ""
+        """Why this step can't be guided, if it can't."""
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, rows: Sequence[Row]) -> Tensor:
         """One of the step's denoiser calls: the host's rows go in and come out."""
@@ -94,6 +97,7 @@ class GuidedStep:
             topology=self.topology, key_value_inputs=self.key_value_inputs,
             rows=conds if self.plan.pag_scale else (), perturbed=self.plan.perturbed,
             settings=self.plan.settings, capture=capture, read=self.plan.read, manner=self.manner, watch=watch,
+            trusted=self._tried, say_failure=self._fail,
         ))
         kept = out.clone()  # other extensions may change the host's tensor in place
         self._out |= {row: kept[index] for index, row in enumerate(rows)}
@@ -103,6 +107,9 @@ class GuidedStep:
         if capture is not None:
             self._read_calls.append(_ReadCall(denoise, x, sigma, cond, rows, read, capture, watch))
         return out
+
+    def _fail(self, reason: str) -> None:
+        self.failure = self.failure or reason
 
     def _add_pag_delta(self, row: Row, cond: Tensor, perturbed: Tensor) -> None:
         """PAG's scale * (cond - perturbed), each sub-prompt's own entering with its weight, as in CFG."""
@@ -129,7 +136,7 @@ class GuidedStep:
             raise RuntimeError(f"the denoiser was called with {len(self._out)} rows of {len(self.rows.rows)}")
         base = "uncond" if seen["uncond"] else "cond"
         for call in self._read_calls:
-            if call.role == base:
+            if call.role == base and not self.failure:
                 self._sag |= self._degraded(call)
         self._read_calls.clear()
 
@@ -184,8 +191,10 @@ class GuidedStep:
         """``combined``, the host's result after CFG (and blending), with the guidance added.
 
         ``factor`` multiplies the guidance (``DDIM CFG++`` shrinks CFG's scale, and ours with it); ``weight`` is 1
-        where an inpainted picture is made anew, 0 where it is protected.
+        where an inpainted picture is made anew, 0 where it is protected. A step that can't be guided stays as it is.
         """
+        if self.failure:
+            return combined
         settings = self.plan.settings
         uncond = self._uncond()
         first = torch.stack([self._out[row] for row in self.rows.first_conds()])

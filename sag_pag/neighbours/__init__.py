@@ -1,24 +1,68 @@
-"""How our calls are made beside extensions that are in the model too. One file a strategy."""
+"""How our calls are made beside extensions that are in the model too. One file a strategy.
+
+Who is there is found out in every step, by what is changed in the model, never by what is installed. Beside somebody of
+whom nothing is known the host's own rows, and no others, are run once more, unnoticed; whether that gives what the
+host's call gave is tried in the first step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sag_pag.engine.blocks import Topology
-from sag_pag.engine.calls import APART, JOINED, Manner, moves_nothing
+from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner, Trust, moves_nothing
 from sag_pag.engine.patching import Hook
-from sag_pag.neighbours.unknown import REPEATED, Layers
+from sag_pag.neighbours.animatediff import animatediff
+from sag_pag.neighbours.controlnet import controlnet
+from sag_pag.neighbours.hypertile import is_of_hypertile
+from sag_pag.neighbours.scene import Scene
+from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
+from sag_pag.neighbours.unknown import Modules
+from sag_pag.settings import Switchable
+
+Strategy = Callable[[Scene], Manner | None]
+STRATEGIES: tuple[Strategy, ...] = (animatediff, tiled_diffusion, controlnet)
+"""In this order each is asked how calls are made; one whose neighbour is not there says nothing."""
 
 
 class Neighbours:
     """Who else is in a model. What a run can find out once is found out when this is made."""
 
     def __init__(self, topology: Topology) -> None:
-        self._layers = Layers(topology)
+        self._topology = topology
+        self._modules = Modules(topology)
+        self._trust = Trust()
+        self._names: list[str] = []
 
-    def manner(self, *, short_of_memory: bool, moves: Callable[[Hook], bool] = moves_nothing) -> Manner:
-        """How calls are made now. Cheap: extensions come and go between steps. ``moves`` as in ``Manner``."""
-        if self._layers.tell_rows_apart():
-            return REPEATED
-        return replace(APART, moves=moves) if short_of_memory else JOINED
+    def manner(
+        self, *, short_of_memory: bool, moves: Callable[[Hook], bool] = moves_nothing, denoise: Any = None,
+        size: tuple[int, int] = (0, 0), acting: Sequence[Switchable] = (),
+    ) -> Manner:
+        """How calls are made now: extensions come and go between steps. Arguments as in ``Manner`` and ``Scene``.
+
+        Raises ``BesideError`` where a feature can't be had beside a neighbour.
+        """
+        def look() -> Any:
+            return self._modules.found(moves)
+
+        found = look()
+        scene = Scene(
+            self._topology, found.without(is_of_hypertile), look, self._trust, short_of_memory, moves, denoise, size,
+            acting,
+        )
+        self._names = scene.found.names()
+        for strategy in STRATEGIES:
+            manner = strategy(scene)
+            if manner is not None:
+                return manner
+        if scene.found.anybody:
+            return replace(REPEATED, watch=scene.watch, trust=self._trust)
+        if short_of_memory:
+            return replace(APART, watch=scene.watch, moves=moves)
+        return replace(JOINED, watch=scene.watch)
+
+    def blame(self, failure: str) -> str:
+        """Why a step could not be guided, with the names of those who are there."""
+        return f"beside {', '.join(self._names) or 'another extension'}: {failure}"

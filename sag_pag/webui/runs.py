@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fastapi import HTTPException
 from torch import Tensor
 
 from sag_pag.engine.blocks import Topology
@@ -22,21 +23,34 @@ from sag_pag.engine.step import GuidedStep, SagView
 from sag_pag.guidance import MergedTokensError
 from sag_pag.hosts.interface import DenoiserCall, Host, Step, UnguidableModelError
 from sag_pag.neighbours import Neighbours
+from sag_pag.neighbours.scene import BesideError
 from sag_pag.settings import BLOCKS_OF, FEATURES, SettingError, Settings, Switchable
 from sag_pag.webui.record import Record
 from sag_pag.webui.seen import where
 
 
-class RefusedError(ValueError):
-    """A generation refused for a setting: as text for the page, and for the API a status code, detail and body."""
+class RefusedError(ValueError, HTTPException):  # type: ignore[misc]
+    """A generation refused for what was asked for: as text for the page, and for the API a status code, detail and
+    body. To the API's server an ``HTTPException`` is an answer and not a failure, whose traceback it would print.
+    """
 
     def __init__(self, error: SettingError) -> None:
-        super().__init__(error.for_people)
-        self.status_code = 422
-        self.detail = str(error)
-        self.body = {
+        HTTPException.__init__(self, status_code=422, detail=str(error))
+        self.args = (error.for_people,)
+        self.body: dict[str, Any] = {
             "field": error.field, "value": repr(error.value), "allowed": error.allowed, "meant": list(error.meant),
         }
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @classmethod
+    def beside(cls, error: BesideError) -> RefusedError:
+        """Refused because of another extension."""
+        made = cls(SettingError(f"{error.feature}_enabled", True, error.way_out))
+        made.args, made.detail = (str(error),), str(error)
+        made.body |= {"neighbour": error.neighbour}
+        return made
 
 
 RefusedError.__name__ = "Guidance"  # the WebUI puts the name before the text on the page
@@ -74,6 +88,7 @@ class GuidedRun:
         self._taken = ExitStack()
         self._error: Exception | None = None
         self.steps_announced = self.steps_decided = self.steps_planned = self.steps_guided = 0
+        self._unguided_because = ""
 
     def check(self) -> bool:
         """Before sampling: whether the loaded model can be guided; if not, the record says why.
@@ -129,17 +144,17 @@ class GuidedRun:
         self.raise_if_failed()
         if not self._decided:
             self._decided = True
-            self._guided = self._decide(call.sigma)
+            self._guided = self._decide(call)
         if self._guided is None:
             return call.denoise(call.x, call.sigma, cond=call.cond)
         with self._merged_tokens_refused("pag"):
             return self._guided(call.denoise, call.x, call.sigma, cond=call.cond, rows=call.rows)
 
-    def _decide(self, sigma: Tensor) -> GuidedStep | None:
+    def _decide(self, call: DenoiserCall) -> GuidedStep | None:
         """This step's guidance, on the live model: a refiner may have taken over."""
         assert self._step is not None
         self.steps_decided += 1
-        self._progress = self._step.progress(sigma)
+        self._progress = self._step.progress(call.sigma)
         scales = scales_at(
             self.settings, progress=self._progress, number=self._step.number, hires=self.host.hires_pass(self.p)
         )
@@ -154,15 +169,23 @@ class GuidedRun:
         for feature in acting:
             self._note_blocks(feature, model)
         plan = plan_step(self.settings, model.chosen, scales)
-        return None if plan is None else self._guided_step(plan, model, self._step, rows)
+        return None if plan is None else self._guided_step(plan, model, self._step, rows, call=call)
 
-    def _guided_step(self, plan: StepPlan, model: _Model, step: Step, rows: StepRows) -> GuidedStep:
+    def _guided_step(
+        self, plan: StepPlan, model: _Model, step: Step, rows: StepRows, *, call: DenoiserCall
+    ) -> GuidedStep:
         self.steps_planned += 1
+        acting = [feature for feature in FEATURES if getattr(plan, f"{feature}_scale")]
+        try:
+            manner = model.neighbours.manner(
+                short_of_memory=step.wants_own_call(len(rows.conds)), moves=self.host.moves, denoise=call.denoise,
+                size=(int(call.x.shape[-2]), int(call.x.shape[-1])), acting=acting,
+            )
+        except BesideError as error:
+            raise RefusedError.beside(error) from error
         return GuidedStep(
             plan, topology=model.topology, rows=rows, space=step.space,
-            manner=model.neighbours.manner(
-                short_of_memory=step.wants_own_call(len(rows.conds)), moves=self.host.moves
-            ),
+            manner=manner,
             key_value_inputs=self.host.key_value_inputs(), circular=self.host.is_tiling(),
         )
 
@@ -212,6 +235,10 @@ class GuidedRun:
         step, self._step = self._step, None
         if guided is None or step is None or self._error is not None:
             return combined
+        if guided.failure:
+            assert self._model is not None
+            self._unguided_because = self._model.neighbours.blame(guided.failure)
+            return combined
         result = guided.apply(combined, factor=step.factor, weight=step.weight)
         self.steps_guided += 1
         return result
@@ -259,6 +286,7 @@ class GuidedRun:
         elif not self.steps_decided:
             self.record.withdraw("the sampler did not call the model in the WebUI's way", self.p)
         elif self.steps_planned and not self.steps_guided:
-            self.record.withdraw("no step came to its end", self.p)
+            self.record.withdraw(self._unguided_because or "no step came to its end", self.p)
         elif self.steps_guided < self.steps_planned:
-            self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps", self.p)
+            why = f", {self._unguided_because}" if self._unguided_because else ""
+            self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)

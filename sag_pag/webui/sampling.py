@@ -20,11 +20,14 @@ _PREPARED = "sag_pag_prepared"
 
 @dataclass
 class Prepared:
-    """What the next batch asks for, or what is wrong with that; ``sampled`` once it has been done."""
+    """What the next batch asks for, or what is wrong with that; ``sampled`` once it has been done, which has given so
+    many ``pictures``.
+    """
 
     settings: Settings | SettingError
     record: Record
     sampled: bool = False
+    pictures: int | None = None
 
 
 class Sampling:
@@ -54,6 +57,11 @@ class Sampling:
         """Makes the metadata say once more what is true of the batch: others may have written it anew."""
         if (prepared := vars(p).get(_PREPARED)) is not None:
             prepared.record.write(p)
+
+    def has_sampled(self, p: Any, index: int) -> bool:
+        """Whether picture ``index`` of the batch was sampled here; extensions may add pictures of other machines."""
+        prepared: Prepared | None = vars(p).get(_PREPARED)
+        return prepared is None or prepared.pictures is None or index < prepared.pictures
 
     def end_batch(self, p: Any) -> None:
         """After a batch was sampled: if that went another way than through ``sample``, its pictures say so."""
@@ -97,10 +105,10 @@ class Sampling:
             raise RefusedError(prepared.settings)
         run = GuidedRun(self.host, p, prepared.settings, prepared.record)
         if not run.check():
-            return sample()
+            return _counted(sample(), prepared)
         self._running.append(run)
         try:
-            result = sample()
+            result = _counted(sample(), prepared)
         finally:
             self._running.remove(run)
             self._forget_steps(run)
@@ -144,3 +152,8 @@ class Sampling:
             guided = run.failing_visibly(partial(run.guide, params.x))
             if guided is not None:
                 params.x = guided
+
+
+def _counted(latents: Any, prepared: Prepared) -> Any:
+    prepared.pictures = len(latents)
+    return latents

@@ -104,6 +104,9 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         """Sees to the picture's metadata, and draws what SAG saw of it, if that is to be shown."""
+        if not SAMPLING.has_sampled(p, p.batch_index):
+            record.clear(p)  # made by another machine, which has its own text: nobody here knows what it did
+            return
         SAMPLING.write_record(p)
         if p.script_args and p.script_args[0]:
             return  # a script such as SD upscale puts its pictures together itself and takes every one for a tile

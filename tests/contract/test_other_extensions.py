@@ -36,7 +36,25 @@ def put_on(module: nn.Module, make: Callable[[Forward], Forward], name: str = "f
     return replaced
 
 
-def counting(rows: list[int]) -> Callable[[Forward], Forward]:
+class Rows:
+    """Notes the rows of each call. In a tensor: what an extension counts with itself is put back around our calls."""
+
+    def __init__(self) -> None:
+        self._noted = torch.zeros(100, dtype=torch.int)
+
+    def append(self, rows: int) -> None:
+        self._noted[int(self._noted.count_nonzero())] = rows
+
+    def __eq__(self, other: object) -> bool:
+        return self._noted[self._noted > 0].tolist() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return str(self._noted[self._noted > 0].tolist())
+
+
+def counting(rows: Any) -> Callable[[Forward], Forward]:
     """Notes the rows of each call."""
     def make(original: Forward) -> Forward:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,12 +104,12 @@ def test_a_cross_attention_replaced(host: Host, unet: nn.Module, path: str) -> N
 def test_the_perturbed_attention_replaced(host: Host, unet: nn.Module) -> None:
     """The perturbed rows take identity attention all the same; the host's own rows go through theirs."""
     attention = unet.get_submodule("middle_block.1.transformer_blocks.0.attn1")
-    rows: list[int] = []
+    rows = Rows()
 
     expected = host.generate({"pag_scale": 3})[0]
     theirs = put_on(attention, counting(rows))
-    assert torch.equal(host.generate({"pag_scale": 3})[0], expected)
-    assert rows == [2, 2, 2]
+    torch.testing.assert_close(host.generate({"pag_scale": 3})[0], expected, rtol=1e-4, atol=1e-4)
+    assert rows == [2] * 7, "the host's rows, once more, and a try in the first step"
     assert vars(attention)["forward"] is theirs
 
 
@@ -136,7 +154,7 @@ def test_a_longer_context(host: Host, unet: nn.Module) -> None:
 def test_blocks_that_tell_rows_apart(host: Host, unet: nn.Module, name: str) -> None:
     """An extension that has replaced single blocks gets the host's rows and no others."""
     block = unet.get_submodule("input_blocks.1")
-    rows: list[int] = []
+    rows = Rows()
 
     expected = host.generate({"pag_scale": 3}, steps=2)[0]
     if name == "forward":
@@ -145,7 +163,7 @@ def test_blocks_that_tell_rows_apart(host: Host, unet: nn.Module, name: str) -> 
         block._forward = block.forward  # type: ignore[assignment]
     torch.testing.assert_close(host.generate({"pag_scale": 3}, steps=2)[0], expected, rtol=1e-4, atol=1e-4)
     if name == "forward":
-        assert rows == [2, 2, 2, 2]
+        assert rows == [2] * 5, "a call and its repetition in each step, and a try in the first"
 
 
 ROW_AWARE = [{"pag_scale": 3}, {"sag_scale": 1}, BOTH, {"pag_scale": 3, "pag_start": 0.5}, {**BOTH, "sag_end": 0.5}]
@@ -357,20 +375,26 @@ def test_tiles_stacked_in_the_batch(host: Host, settings: dict[str, Any], batch:
             host.generate(settings)
 
 
+def moving(moved: Any, *, of: str) -> Callable[..., None]:
+    """A forward pre-hook as of a module of the WebUI."""
+    def send_me_to_gpu(*_: Any) -> None:
+        moved.append(1)
+
+    send_me_to_gpu.__module__ = of
+    return send_me_to_gpu
+
+
 def test_hooks_on_the_unet(host: Host, unet: nn.Module) -> None:
     """Models that are moved in pieces need the hooks of every block to run."""
-    ran: dict[str, int] = {}
     paths = ["input_blocks.0", "input_blocks.1", "middle_block", "output_blocks.3"]
+    ran = {path: Rows() for path in paths}
     handles = [
-        unet.get_submodule(path).register_forward_pre_hook(
-            lambda *_, path=path: ran.update({path: ran.get(path, 0) + 1})
-        )
-        for path in paths
+        unet.get_submodule(path).register_forward_pre_hook(moving(ran[path], of="modules.lowvram")) for path in paths
     ]
     host.generate({"pag_scale": 3}, steps=1)
     for handle in handles:
         handle.remove()
-    assert ran == dict.fromkeys(paths, 1)
+    assert all(rows == [1] for rows in ran.values())
 
 
 @pytest.mark.usefixtures("way")
@@ -399,25 +423,17 @@ def test_noise_in_the_unet_is_no_guidance(host: Host, unet: nn.Module, settings:
     assert not torch.allclose(made({"sag_scale": 5, "sag_threshold": 0}), plain, atol=1e-2)
 
 
-def moving(moved: list[int], *, of: str) -> Callable[..., None]:
-    """A forward pre-hook as of a module of the WebUI."""
-    def send_me_to_gpu(*_: Any) -> None:
-        moved.append(1)
-
-    send_me_to_gpu.__module__ = of
-    return send_me_to_gpu
-
-
-@pytest.mark.parametrize(("of", "times"), [("modules.lowvram", 5), ("other_extension", 6)])
+@pytest.mark.parametrize(("of", "times"), [("modules.lowvram", 5), ("other_extension", 9)])
 def test_what_is_only_replayed_is_not_moved(host: Host, unet: nn.Module, of: str, times: int) -> None:
     """With ``--lowvram`` every block is moved to the GPU when it runs; PAG's own call does not run those before the
-    perturbed one. Other extensions' hooks may be part of the computation.
+    perturbed one. Other extensions' hooks may be part of the computation: they see every call, and a try in the
+    first step.
     """
     host.shared.sd_model.lowvram = True
-    moved: list[int] = []
+    moved = Rows()
     paths = ("input_blocks.1", "middle_block", "output_blocks.3")  # the middle one and what follows run in both calls
     handles = [unet.get_submodule(path).register_forward_pre_hook(moving(moved, of=of)) for path in paths]
     host.generate({"pag_scale": 3}, steps=1)
     for handle in handles:
         handle.remove()
-    assert len(moved) == times
+    assert moved == [1] * times

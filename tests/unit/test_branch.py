@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
 from sag_pag.engine.attention import MapCapture, unchanged_inputs
 from sag_pag.engine.branch import Branch, denoise_with_branch
-from sag_pag.engine.calls import APART, JOINED, Manner
+from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner
 from sag_pag.engine.perturbations import Place, swapped_tokens
 from sag_pag.engine.rows import take_rows
 from sag_pag.engine.topology import UNetTopology
-from sag_pag.neighbours.unknown import REPEATED
+from sag_pag.neighbours.invisible import Invisible
 from sag_pag.settings import Settings
 
 DEEP = UNetKwargs(
@@ -199,7 +199,7 @@ def test_noise_of_another_extension_is_the_same_in_both_calls(unet: nn.Module) -
     torch.manual_seed(1)
     out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
         topology, unchanged_inputs, rows=range(2), perturbed=topology.resolve("middle"), manner=REPEATED,
-        watch=REPEATED.watch(),
+        watch=Invisible(),
     ))
     assert torch.equal(out, alone)
     assert torch.equal(torch.get_rng_state(), state)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_pag.neighbours.randomness import RandomState, SameRandomness
+from sag_pag.neighbours.invisible import Invisible
+from sag_pag.neighbours.randomness import RandomState
 
 
 class Device:
@@ -66,8 +67,8 @@ def test_a_call_of_ours_leaves_no_trace(fails: bool) -> None:
     torch.manual_seed(1)
     expected = torch.randn(3), torch.randn(3)
     torch.manual_seed(1)
-    watch = SameRandomness()
-    with watch.host_call():
+    watch = Invisible()
+    with watch.host_call(total=2, again=()):
         drawn = torch.randn(3)
 
     def own_call() -> Any:

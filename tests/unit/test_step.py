@@ -12,13 +12,12 @@ from torch import Tensor
 
 from sag_pag import guidance
 from sag_pag.demo.unet import UNetKwargs, UNetModel, redraw_
-from sag_pag.engine.calls import APART, JOINED, Manner
+from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner
 from sag_pag.engine.plan import plan_at
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace
 from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import UNetTopology
-from sag_pag.neighbours.unknown import REPEATED
 from sag_pag.settings import Settings
 
 TINY = UNetKwargs(

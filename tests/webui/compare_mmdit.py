@@ -68,10 +68,9 @@ def compare(model: Any, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """By blocks and manner: the engine's perturbed rows against the masked ones, and how far these are from cond."""
     from sag_pag.engine.attention import unchanged_inputs
     from sag_pag.engine.branch import Branch, denoise_with_branch
-    from sag_pag.engine.calls import APART, JOINED
+    from sag_pag.engine.calls import APART, JOINED, REPEATED
     from sag_pag.engine.topology import topology_of
     from sag_pag.neighbours import Neighbours
-    from sag_pag.neighbours.unknown import REPEATED
 
     generator = torch.Generator().manual_seed(2)
     rows = 2 * IMAGES
