@@ -97,7 +97,10 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
 def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch) -> tuple[Tensor, Tensor]:
     total, rows = x.shape[0], branch.rows
     own = partial(take_rows, rows=rows, total=total)
-    record = _Record(branch, total)
+    last = branch.topology.prefix(branch.perturbed[0])[-1:]
+    record = _Record(
+        total, rows, branch.watch, last=last[0] if last else None, chained=branch.topology.chained,
+    )
     reading = _Patches.reading(branch, rows=total)
     with (
         branch.watch.host_call(total=total, again=rows),
@@ -263,26 +266,22 @@ def _shared(total: int, rows: Sequence[int], *, stacked: bool) -> MakePrefixForw
 
 
 class _Record:
-    """What the prefix modules of a call of ``total`` rows put out for the branch's, to be put out once more; of a chain
-    of modules what its last one did.
+    """What the prefix modules of a call of ``total`` rows put out for ``rows``, to be put out once more.
 
-    A call that leaves them out goes on from where the first call was after the last of them.
+    ``last`` is the last of them: a call that leaves them out goes on from where the first call was after it. Of a chain
+    what its last one puts out is kept alone.
     """
 
-    def __init__(self, branch: Branch, total: int) -> None:
-        self._rows, self._total, self._watch = branch.rows, total, branch.watch
-        self._chained = branch.topology.chained
-        self._last = branch.topology.prefix(branch.perturbed[0])[-1:]
-        self._out: dict[nn.Module, Any] = {}
+    def __init__(
+        self, total: int, rows: Sequence[int], watch: Watch, *, last: nn.Module | None, chained: bool,
+    ) -> None:
+        self._total, self._rows, self._watch, self._last, self._chained = total, rows, watch, last, chained
         self._seen: set[nn.Module] = set()
+        self._out: dict[nn.Module, Any] = {}
         self._passed: Any = None
-
-    def _is_last(self, module: nn.Module) -> bool:
-        return self._chained or module in self._last
 
     def recording(self, module: nn.Module, host: Forward) -> Forward:
         """Runs as always."""
-
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if module in self._seen:
@@ -293,7 +292,7 @@ class _Record:
                 self._out.clear()
             # a copy: others may change their skip connections in place
             self._out[module] = copied(take_rows(out, self._rows, total=self._total))
-            if self._is_last(module):
+            if module is self._last:
                 self._passed = self._watch.passed()
             return out
 
@@ -303,11 +302,9 @@ class _Record:
         """Puts out what was recorded."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._chained and module not in self._out:
-                return args
-            if self._is_last(module):
+            if module is self._last:
                 self._watch.skip_to(self._passed)
-            return self._out.pop(module)
+            return args if self._chained and module not in self._out else self._out.pop(module)
 
         return forward
 

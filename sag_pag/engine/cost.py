@@ -109,20 +109,24 @@ class PictureCost:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of sampling at the size of ``cost``, its ``steps`` evenly spread from ``begin`` (0 is noise) to 1."""
+    """One pass of sampling at the size of ``cost``, its ``steps`` evenly spread from ``begin`` (0 is noise) to 1.
+
+    ``rows`` a picture: 2 with CFG, 1 where the host leaves the unconditional ones out.
+    """
 
     cost: ModelCost
     steps: int
     begin: float = 0.0
     hires: HiresPass | None = None
+    rows: int = 2
 
     def progress(self) -> list[float]:
         """Of each step."""
         return [self.begin + (1 - self.begin) * step / max(self.steps - 1, 1) for step in range(self.steps)]
 
 
-def picture_cost(settings: Settings, passes: Sequence[Pass], *, rows: int) -> PictureCost:
-    """What a picture costs that these passes make: one, or two with hires. fix. ``rows`` as for a step's cost."""
+def picture_cost(settings: Settings, passes: Sequence[Pass]) -> PictureCost:
+    """What a picture costs that these passes make: one, or two with hires. fix."""
     dearest, total, without = 1.0, 0.0, 0
     for done in passes:
         chosen = choose_blocks(settings, done.cost.topology)
@@ -130,10 +134,10 @@ def picture_cost(settings: Settings, passes: Sequence[Pass], *, rows: int) -> Pi
             plan_step(settings, chosen, scales_at(settings, progress=progress, number=number, hires=done.hires))
             for number, progress in enumerate(done.progress())
         ]
-        ratios = [done.cost.step(plan, rows=rows) for plan in plans]
+        ratios = [done.cost.step(plan, rows=done.rows) for plan in plans]
         dearest = max([dearest, *ratios])
-        total += sum(ratios) * done.cost.row
-        without += done.steps * done.cost.row
+        total += sum(ratios) * done.rows * done.cost.row
+        without += done.steps * done.rows * done.cost.row
     return PictureCost(dearest, total / without)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sag_pag.engine.attention import KeyValueInputs
-from sag_pag.engine.operations import linear_operations, map_operations
+from sag_pag.engine.operations import attention_channels, linear_operations, map_operations
 from sag_pag.engine.patching import unhooked
 from sag_pag.guidance import MergedTokensError, working_precision
 from sag_pag.settings import BLURRED, IDENTITY, SWAPPED, WHOLE_MAP, Settings
@@ -116,7 +116,7 @@ def reflected_gaussian(count: int, *, sigma: float, like: Tensor) -> Tensor:
 
 
 def _blurred_operations(attention: nn.Module, size: Size, settings: Settings) -> int:
-    tokens, channels = size[0] * size[1], int(attention.get_submodule("to_q").out_features)  # type: ignore[arg-type]
+    tokens, channels = size[0] * size[1], attention_channels(attention)
     blur = 0 if settings.pag_query_blur >= WHOLE_MAP else 2 * tokens * channels * sum(size)
     return linear_operations(attention, tokens) + 2 * map_operations(attention, tokens, tokens) + blur
 
@@ -170,7 +170,7 @@ def _least_alike_pairs(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _swapped_operations(attention: nn.Module, size: Size, settings: Settings) -> int:
-    tokens, channels = size[0] * size[1], int(attention.get_submodule("to_q").in_features)  # type: ignore[arg-type]
+    tokens, channels = size[0] * size[1], attention_channels(attention)
     compared = sum(items for items in (tokens, channels) if int(items * settings.pag_swap))
     whole = linear_operations(attention, tokens) + 2 * map_operations(attention, tokens, tokens)
     return whole + 2 * tokens * channels * compared

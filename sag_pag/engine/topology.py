@@ -17,6 +17,7 @@ from torch import nn
 
 from sag_pag.engine.blocks import NUMBER, AttentionSite, BlockNameError, Half, Part, Topology, between, items
 from sag_pag.engine.joint import JOINT_NAME, JointTopology
+from sag_pag.engine.operations import attention_channels
 from sag_pag.engine.perturbations import PERTURBATIONS, Where
 
 _TRANSFORMERS = rf"(?:\.(?P<k_first>{NUMBER})(?:\s*-\s*(?P<k_last>{NUMBER}))?)?"
@@ -61,7 +62,7 @@ class UNetSite(AttentionSite):
 
     @property
     def channels(self) -> int:
-        return int(self.attention.get_submodule("to_q").in_features)  # type: ignore[arg-type]
+        return attention_channels(self.attention)
 
     @property
     def sized_by(self) -> tuple[nn.Module, int]:
@@ -82,13 +83,14 @@ def topology_of(network: nn.Module) -> Topology:
 class UNetTopology(Topology):
     """The self-attentions of one U-Net in the order in which they run.
 
-    Raises ``TypeError`` if ``unet`` is not built of ``input_blocks``, ``middle_block`` and ``output_blocks``.
+    ``runs_layers``: the U-Net runs the layers of its blocks itself and never calls a block. Raises ``TypeError`` if
+    ``unet`` is not built of ``input_blocks``, ``middle_block`` and ``output_blocks``.
     """
 
     perturbations = PERTURBATIONS
     sites: tuple[UNetSite, ...]
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, *, runs_layers: bool = False) -> None:
         try:
             inputs = list(unet.get_submodule("input_blocks").children())
             middle = unet.get_submodule("middle_block")
@@ -96,6 +98,7 @@ class UNetTopology(Topology):
         except AttributeError as error:
             raise TypeError(f"{type(unet).__name__} has no input_blocks, middle_block and output_blocks") from error
         self.network = unet
+        self.runs_layers = runs_layers
         self._downsamples = sum(ends_stage(block, "Downsample") for block in inputs)
         self.blocks = (*inputs, middle, *outputs)
         self.sites = (
@@ -132,6 +135,8 @@ class UNetTopology(Topology):
         """Blocks, then layers, then transformer blocks."""
         site = _of_unet(first)
         modules = list(self.blocks[: self.blocks.index(site.block)])
+        if self.runs_layers:
+            modules = [layer for block in modules for layer in layers_of(block).children()]
         layers = list(site.layers.children())
         modules += layers[: layers.index(site.transformer)]
         siblings = list(site.transformer.get_submodule("transformer_blocks").children())

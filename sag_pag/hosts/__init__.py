@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 from sag_pag.hosts.interface import Host
 
@@ -10,6 +11,10 @@ from sag_pag.hosts.interface import Host
 @cache
 def current() -> Host:
     """The WebUI that this runs in."""
-    from sag_pag.hosts.a1111 import A1111  # a host's file imports the host
+    if find_spec("modules_forge") is None:
+        from sag_pag.hosts.a1111 import A1111  # a host's file imports the host
 
-    return A1111()
+        return A1111()
+    from sag_pag.hosts.forge import BACKEND, LDM_PATCHED, Forge
+
+    return Forge(BACKEND if find_spec("ldm_patched") is None else LDM_PATCHED)

@@ -12,21 +12,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from modules import lowvram, processing, sd_models, sd_unet, shared
+from modules import lowvram, sd_models, sd_unet, shared
 from modules.hypernetworks import hypernetwork
 from torch import Tensor
 
 from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
 from sag_pag.engine.blocks import Topology
 from sag_pag.engine.patching import Forward, Hook, forward_replaced
-from sag_pag.engine.plan import HiresPass
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 from sag_pag.engine.topology import topology_of
+from sag_pag.hosts.family import Family, FamilyStep, is_circular
 from sag_pag.hosts.interface import DenoiserCall, NoModelError, TakeCall, UnguidableModelError
 
 
-class A1111:
+class A1111(Family):
     """The WebUI's loaded model and options."""
 
     def topology(self, known: Topology | None = None) -> Topology:
@@ -49,22 +49,9 @@ class A1111:
             raise UnguidableModelError(f"{type(model).__name__} has no self-attention")
         return topology
 
-    def checkpoint(self) -> str:
-        """The loaded checkpoint's name."""
-        name: str = shared.sd_model.sd_checkpoint_info.name_for_extra
-        return name
-
-    def generations(self) -> tuple[type, ...]:
-        """Those of txt2img and img2img."""
-        return processing.StableDiffusionProcessingTxt2Img, processing.StableDiffusionProcessingImg2Img
-
     def step(self, params: Any) -> A1111Step:
         """The step that a CFG-denoiser callback is about."""
         return A1111Step(params)
-
-    def is_short_of_memory(self) -> bool:
-        """With ``--medvram`` or ``--lowvram``, or "Batch cond/uncond" off."""
-        return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
 
     def moves(self, hook: Hook) -> bool:
         """Those of ``--medvram`` and ``--lowvram``."""
@@ -77,36 +64,18 @@ class A1111:
             return unchanged_inputs
         return lambda tokens: hypernetwork.apply_hypernetworks(loaded, tokens)
 
+    def cfg_scales_that_save_rows(self) -> tuple[str, ...]:
+        """None: it computes the unconditional ones at a CFG scale of 1 too."""
+        return ()
+
     def is_tiling(self) -> bool:
         """Whether "Tiling" has made the model's convolutions circular; a transformer has none that reach over an edge.
         """
-        out = getattr(shared.sd_model.model.diffusion_model, "out", None)
-        return out is not None and any(getattr(layer, "padding_mode", "") == "circular" for layer in out.modules())
-
-    def hires_pass(self, p: Any) -> HiresPass | None:
-        """The pass of hires. fix that ``p`` is in, ``None`` without hires. fix."""
-        if not getattr(p, "enable_hr", False):
-            return None
-        return "hires pass" if p.is_hr_pass else "first pass"
-
-    def has_other_model(self, p: Any, hires: HiresPass | None, *, start: float) -> bool:
-        """Whether the hires pass's own checkpoint, or the refiner, may run it."""
-        if hires == "hires pass" and getattr(p, "hr_checkpoint_info", None) is not None:
-            return True
-        switch_at = getattr(p, "refiner_switch_at", None)
-        return getattr(p, "refiner_checkpoint_info", None) is not None and switch_at is not None and start >= switch_at
-
-    def disregarded_fields(self) -> set[str]:
-        """The infotext fields that the user's options say to leave alone when a text is pasted."""
-        return set(shared.opts.infotext_skip_pasting)
+        return is_circular(shared.sd_model.model.diffusion_model)
 
 
-class A1111Step:
+class A1111Step(FamilyStep):
     """One step of the WebUI's ``CFGDenoiser``."""
-
-    def __init__(self, params: Any) -> None:
-        self.params = params
-        self.denoiser = params.denoiser
 
     @contextmanager
     def taken_by(self, take: TakeCall) -> Iterator[None]:
@@ -129,6 +98,10 @@ class A1111Step:
         finally:
             open_still = False
 
+    def wants_own_call(self, more: int) -> bool:
+        """With ``--medvram`` or ``--lowvram``, or "Batch cond/uncond" off."""
+        return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
+
     def _rows_of(self, x: Tensor) -> tuple[Row, ...]:
         """What the rows of a call are; nothing if it is not one of the step's.
 
@@ -143,10 +116,6 @@ class A1111Step:
         first = (x.storage_offset() - every.storage_offset()) // every.stride(0)
         return rows[first : first + len(x)]
 
-    def is_of(self, inner_model: Any) -> bool:
-        """Whether a CFG-denoised callback with this model is this step's."""
-        return self.denoiser.inner_model is inner_model
-
     def progress(self, sigma: Tensor) -> float:
         """On the scale of the WebUI's "Refiner: switch at".
 
@@ -156,11 +125,6 @@ class A1111Step:
         if self._alphas is None:
             largest = self.denoiser.inner_model.sigma_to_t(largest[None], quantize=True)
         return (999 - int(largest)) / 1000
-
-    @property
-    def number(self) -> int:
-        """How often the denoiser was called before in this pass."""
-        return int(self.denoiser.step)
 
     @property
     def rows(self) -> StepRows:
@@ -183,14 +147,6 @@ class A1111Step:
     def factor(self) -> float:
         """``DDIM CFG++`` divides CFG's scale; versions before 1.10 do not have it."""
         return float(getattr(self.denoiser, "cond_scale_miltiplier", 1.0))
-
-    @property
-    def weight(self) -> Tensor | None:
-        """The mask, if the sampler blends after denoising; others put the protected area back before the next step."""
-        if self.denoiser.mask is None or self.denoiser.mask_before_denoising:
-            return None
-        weight: Tensor = self.denoiser.nmask
-        return weight
 
     @property
     def _alphas(self) -> Tensor | None:

@@ -21,7 +21,7 @@ from sag_pag.engine.spaces import Space
 
 
 class UnguidableModelError(Exception):
-    """The loaded model has no self-attention that can be reached; the message says why."""
+    """The loaded model, or what it is used for, can't be guided; the message says why."""
 
 
 class NoModelError(UnguidableModelError):
@@ -49,6 +49,9 @@ class Step(Protocol):
     def taken_by(self, take: TakeCall) -> AbstractContextManager[None]:
         """While open, the step's denoiser calls go through ``take``; calls that are not the step's do not."""
 
+    def wants_own_call(self, more: int) -> bool:
+        """Whether ``more`` rows should not make the step's calls larger, but make a call of their own."""
+
     def is_of(self, inner_model: Any) -> bool:
         """Whether a CFG-denoised callback with this model is this step's."""
 
@@ -64,7 +67,10 @@ class Step(Protocol):
 
     @property
     def rows(self) -> StepRows:
-        """What the rows of the step's denoiser calls are, all together."""
+        """What the rows of the step's denoiser calls are, all together.
+
+        Raises ``UnguidableModelError`` where they can't be told.
+        """
 
     @property
     def space(self) -> Space:
@@ -97,8 +103,8 @@ class Host(Protocol):
     def step(self, params: Any) -> Step:
         """The step that a CFG-denoiser callback with ``params`` is about."""
 
-    def is_short_of_memory(self) -> bool:
-        """Whether extra rows should not make a call of the model larger."""
+    def cfg_scales_that_save_rows(self) -> tuple[str, ...]:
+        """Those of ``cfg_scale`` and ``hr_cfg`` that there are and that leave the unconditional rows out where 1."""
 
     def moves(self, hook: Hook) -> bool:
         """Whether all that a module's forward pre-hook does is to move the module to the GPU."""

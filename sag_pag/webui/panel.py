@@ -46,9 +46,9 @@ _QUIET = {"queue": False, "show_progress": False}
 class Surroundings:
     """Controls outside the panel that its costs depend on: pixels and steps.
 
-    The CFG scale too where a scale of 1 saves the unconditional rows, which the WebUI computes all the same. In img2img
-    denoising strength; where there is hires. fix, its switch, scale, pixels to resize to, steps (0: as many as before)
-    and denoising strength.
+    The CFG scale too where a scale of 1 saves the unconditional rows; AUTOMATIC1111's WebUI computes them all the same.
+    In img2img denoising strength; where there is hires. fix, its switch, scale, pixels to resize to, steps (0: as many
+    as before), denoising strength and, if it has one, CFG scale (0: as before).
     """
 
     width: Any
@@ -62,6 +62,7 @@ class Surroundings:
     hires_height: Any = None
     hires_steps: Any = None
     hires_denoising: Any = None
+    hires_cfg_scale: Any = None
 
     def components(self) -> dict[str, Any]:
         """Those that there are."""

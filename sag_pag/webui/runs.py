@@ -1,8 +1,9 @@
 """One guided call of a generation's ``sample``, the same in every host.
 
 Each step goes: CFG-denoiser callback (the host's calls of its model are taken over) → calls → CFG-denoised callback
-(they are given back, SAG makes its own call) → CFG → after-CFG callback (the guidance is added). Hosts print and
-swallow exceptions from callbacks: they are kept here and raised where hosts do not.
+(they are given back, SAG makes its own call) → CFG → after-CFG callback (the guidance is added). A host that has no
+CFG-denoised callback gives them back at the last one. Hosts print and swallow exceptions from callbacks: they are kept
+here and raised where hosts do not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sag_pag.engine.blocks import Topology
 from sag_pag.engine.plan import ChosenBlocks, StepPlan, check_blocks_of, choose_blocks, plan_step, scales_at
+from sag_pag.engine.rows import StepRows
 from sag_pag.engine.step import GuidedStep, SagView
 from sag_pag.guidance import MergedTokensError
 from sag_pag.hosts.interface import DenoiserCall, Host, Step, UnguidableModelError
@@ -81,7 +83,7 @@ class GuidedRun:
         """Which features a model could do, and which ones one could not, with the reason."""
         self._step: Step | None = None
         self._guided: GuidedStep | None = None
-        self._decided = False
+        self._decided = self._ended = False
         self._progress = 0.0
         self._taken = ExitStack()
         self._error: Exception | None = None
@@ -135,7 +137,7 @@ class GuidedRun:
         """CFG-denoiser callback: takes the step's calls over until they are done."""
         self.steps_announced += 1
         self._taken.close()
-        self._step, self._guided, self._decided = step, None, False
+        self._step, self._guided, self._decided, self._ended = step, None, False, False
         self._taken.enter_context(step.taken_by(self._take))
 
     def _take(self, call: DenoiserCall) -> Tensor:
@@ -160,28 +162,29 @@ class GuidedRun:
         if not acting:
             return None
         try:
-            model = self._known_model()
+            model, rows = self._known_model(), self._step.rows
         except UnguidableModelError as error:
             self.record.note(f"not applied to the end, {error}", self.p)
             return None
         for feature in acting:
             self._note_blocks(feature, model)
         plan = plan_step(self.settings, model.chosen, scales)
-        return None if plan is None else self._guided_step(plan, model, self._step, call=call)
+        return None if plan is None else self._guided_step(plan, model, self._step, rows, call=call)
 
-    def _guided_step(self, plan: StepPlan, model: _Model, step: Step, *, call: DenoiserCall) -> GuidedStep:
+    def _guided_step(
+        self, plan: StepPlan, model: _Model, step: Step, rows: StepRows, *, call: DenoiserCall,
+    ) -> GuidedStep:
         self.steps_planned += 1
         acting = [feature for feature in FEATURES if getattr(plan, f"{feature}_scale")]
         try:
             manner = model.neighbours.manner(
-                short_of_memory=self.host.is_short_of_memory(), moves=self.host.moves, denoise=call.denoise,
+                short_of_memory=step.wants_own_call(len(rows.conds)), moves=self.host.moves, denoise=call.denoise,
                 size=(int(call.x.shape[-2]), int(call.x.shape[-1])), acting=acting,
             )
         except BesideError as error:
             raise RefusedError.beside(error) from error
         return GuidedStep(
-            plan, topology=model.topology, rows=step.rows, space=step.space,
-            manner=manner,
+            plan, topology=model.topology, rows=rows, space=step.space, manner=manner,
             key_value_inputs=self.host.key_value_inputs(), circular=self.host.is_tiling(),
         )
 
@@ -205,8 +208,9 @@ class GuidedRun:
     def end_calls(self) -> None:
         """CFG-denoised callback: all of the step's calls are done."""
         self._taken.close()
-        if self._guided is None:
+        if self._guided is None or self._ended:
             return
+        self._ended = True
         with self._merged_tokens_refused("sag"):
             self._guided.finish()
         if self.settings.sag_show and self._guided.seen_by_sag is not None:
@@ -225,6 +229,7 @@ class GuidedRun:
 
     def guide(self, combined: Tensor) -> Tensor:
         """After-CFG callback: the host's result with the guidance added."""
+        self.end_calls()
         guided, self._guided = self._guided, None
         step, self._step = self._step, None
         if guided is None or step is None or self._error is not None:

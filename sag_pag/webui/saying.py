@@ -24,12 +24,21 @@ def passes_of(topology: Topology, around: Mapping[str, Any]) -> list[Pass]:
         return []
     steps, denoising = max(1, int(around["steps"])), around.get("denoising", 1)
     size = int(around["height"]) // 8, int(around["width"]) // 8
-    first = Pass(cost_of(topology, size), min(steps, int(denoising * steps) + 1), 1 - denoising)
+    scale = around.get("cfg_scale")
+    first = Pass(cost_of(topology, size), min(steps, int(denoising * steps) + 1), 1 - denoising, rows=_rows(scale))
     if not around.get("hires"):
         return [first]
     cost = cost_of(topology, _hires_size(around))
     steps = int(around["hires_steps"]) or steps
-    return [replace(first, hires="first pass"), Pass(cost, steps, 1 - around["hires_denoising"], "hires pass")]
+    rows = _rows(around.get("hires_cfg_scale") or scale)  # 0 stands for the first pass's
+    return [
+        replace(first, hires="first pass"), Pass(cost, steps, 1 - around["hires_denoising"], "hires pass", rows),
+    ]
+
+
+def _rows(cfg_scale: float | None) -> int:
+    """Rows a picture: a host that tells its CFG scale leaves the unconditional ones out where that is 1."""
+    return 1 if cfg_scale == 1 else 2
 
 
 def _hires_size(around: Mapping[str, Any]) -> tuple[int, int]:
@@ -67,7 +76,7 @@ def cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], model: Topol
             return line  # said beside the field, or the sliders
         return f'{line}<p class="sag-pag-error" role="alert">{escape(error.for_people)}</p>'
     passes = passes_of(topology, around) if topology is not None and settings.enabled else []
-    cost = picture_cost(settings, passes, rows=1 if around.get("cfg_scale") == 1 else 2) if passes else None
+    cost = picture_cost(settings, passes) if passes else None
     return cost_line(settings, cost)
 
 

@@ -36,6 +36,15 @@ _AROUND = {
     "img2img": {**_EVERYWHERE, "denoising_strength": "denoising"},
 }
 """For each tab, what the WebUI calls the controls of ``Surroundings``."""
+_CFG_SCALES = {
+    "txt2img": {"cfg_scale": "cfg_scale", "hr_cfg": "hires_cfg_scale"}, "img2img": {"cfg_scale": "cfg_scale"},
+}
+"""What it calls the scales of CFG that say how many rows there are; not every host has one for the hires pass."""
+
+
+def _controls_around(tab: str) -> dict[str, str]:
+    scales = hosts.current().cfg_scales_that_save_rows()
+    return {**_AROUND[tab], **{name: what for name, what in _CFG_SCALES[tab].items() if name in scales}}
 
 
 class GuidanceScript(scripts.Script):  # type: ignore[misc]
@@ -65,12 +74,12 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         """Picks up the controls that the panel's costs depend on, whichever side is made first."""
         tab = "img2img" if self.is_img2img else "txt2img"
         name = str(kwargs.get("elem_id")).removeprefix(f"{tab}_")
-        if name in _AROUND[tab]:
+        if name in _controls_around(tab):
             self._around[name] = component
             self._connect()
 
     def _connect(self) -> None:
-        wanted = _AROUND["img2img" if self.is_img2img else "txt2img"]
+        wanted = _controls_around("img2img" if self.is_img2img else "txt2img")
         if self._panel is not None and self._around.keys() == wanted.keys():
             self._panel.connect(Surroundings(**{wanted[name]: found for name, found in self._around.items()}))
             self._panel, self._around = None, {}

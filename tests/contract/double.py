@@ -130,11 +130,15 @@ def forget_modules() -> dict[str, Any]:
 
 
 @contextmanager
-def running() -> Iterator[Host]:
-    """A freshly started WebUI. At the end nothing may be left on a model, nor be swallowed unseen."""
+def running(*, prepare: Callable[[], None] = lambda: None) -> Iterator[Host]:
+    """A freshly started WebUI. At the end nothing may be left on a model, nor be swallowed unseen.
+
+    ``prepare`` may change the double's modules before the extension is loaded.
+    """
     standing = forget_modules()
     sys.path.insert(0, str(FAKE))
     try:
+        prepare()
         host = Host()
         yield host
         host.assert_clean()

@@ -84,7 +84,7 @@ def test_only_a_host_that_saves_the_unconditional_rows_tells_its_cfg_scale(
     own = {name: parameter.default for name, parameter in PARAMETERS.items()} | {"pag_enabled": True}
     line = saying.cost_line_of(own, {**AROUND, **around}, topology)
     assert f"≈ {cost}" in line
-    assert all("cfg_scale" not in names.values() for names in script._AROUND.values())
+    assert all("cfg_scale" not in script._controls_around(tab).values() for tab in ("txt2img", "img2img"))
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -77,15 +77,15 @@ def test_sizes_that_do_not_halve_evenly() -> None:
 def test_a_picture_costs_the_mean_of_its_steps() -> None:
     cost = cost_of("sd1", 32)
     passes = [Pass(cost, 20)]
-    everywhere = picture_cost(Settings(pag_enabled=True), passes, rows=2)
+    everywhere = picture_cost(Settings(pag_enabled=True), passes)
     step = cost.step(plan_at(Settings(pag_enabled=True), cost.topology, progress=0), rows=2)
     assert everywhere.step == step == pytest.approx(everywhere.picture)
-    half = picture_cost(Settings(pag_enabled=True, pag_end=0.5), passes, rows=2)
+    half = picture_cost(Settings(pag_enabled=True, pag_end=0.5), passes)
     assert half.step == everywhere.step
     assert half.picture - 1 == pytest.approx((half.step - 1) / 2)
-    nothing = picture_cost(Settings(), passes, rows=2)
+    nothing = picture_cost(Settings(), passes)
     assert nothing.step == nothing.picture == 1
-    alone = picture_cost(Settings(pag_enabled=True), [Pass(cost, 1)], rows=1)
+    alone = picture_cost(Settings(pag_enabled=True), [Pass(cost, 1, rows=1)])
     assert alone.picture - 1 == pytest.approx(2 * (everywhere.picture - 1))
 
 
@@ -95,7 +95,17 @@ def test_two_passes_cost_what_is_counted(which: str) -> None:
     passes = [Pass(cost_of("sd1", 16), 10, hires="first pass"), Pass(cost_of("sd1", 32), 4, 0.3, "hires pass")]
     counts = [(10, counted("sd1", 16), "first pass"), (4, counted("sd1", 32), "hires pass")]
     guided = sum(n * count["PAG" if which in ("both passes", name) else "nothing"] for n, count, name in counts)
-    found = picture_cost(Settings(pag_enabled=True, hires_pass=which), passes, rows=2)
+    found = picture_cost(Settings(pag_enabled=True, hires_pass=which), passes)
     assert found.picture == pytest.approx(guided / sum(n * count["nothing"] for n, count, _ in counts), abs=1e-12)
     own = {"pag_enabled": True, "hires_own_scales": True, "hires_pag_scale": 0}
-    assert (picture_cost(Settings(**own), passes, rows=2) == found) == (which == "first pass")
+    assert (picture_cost(Settings(**own), passes) == found) == (which == "first pass")
+
+
+def test_each_pass_has_rows_of_its_own() -> None:
+    """Ten steps with CFG, ten without: the second pass is half as dear without guidance, and no less dear with it."""
+    cost = cost_of("sd1", 16)
+    extra = cost.perturbed_row(cost.topology.resolve("middle"), Settings())
+    passes = [Pass(cost, 10, hires="first pass"), Pass(cost, 10, 0.3, "hires pass", rows=1)]
+    found = picture_cost(Settings(pag_enabled=True), passes)
+    assert found.step == pytest.approx(1 + extra / cost.row)
+    assert found.picture == pytest.approx(1 + 20 * extra / (30 * cost.row))

@@ -102,7 +102,7 @@ def test_an_own_call_costs_the_same_but_for_the_embedders() -> None:
 def test_a_picture_without_sag() -> None:
     """SAG does nothing here, so it costs nothing."""
     passes = [Pass(cost(SMALL, (16, 16)), 10)]
-    assert picture_cost(Settings(sag_enabled=True), passes, rows=2).picture == 1
+    assert picture_cost(Settings(sag_enabled=True), passes).picture == 1
     pag, both = Settings(pag_enabled=True), Settings(pag_enabled=True, sag_enabled=True)
-    assert picture_cost(both, passes, rows=2) == picture_cost(pag, passes, rows=2)
-    assert picture_cost(pag, passes, rows=2).picture > 1.2
+    assert picture_cost(both, passes) == picture_cost(pag, passes)
+    assert picture_cost(pag, passes).picture > 1.2

@@ -174,7 +174,7 @@ class Client:
         A checkpoint that fails to load is only printed by the WebUI; ``info["sd_model_name"]`` of the next picture
         tells which one made it.
         """
-        self.set_options(sd_model_checkpoint=name)
+        self.set_options(sd_model_checkpoint=f"{name}.safetensors")
 
     def progress(self) -> Json:
         """State of the running generation: ``progress`` from 0 to 1 and ``state``."""

@@ -1,4 +1,8 @@
-"""Fixtures for the tests against a real WebUI, which ``WEBUI_DIR`` names; without it they are skipped, and say so."""
+"""Fixtures for the tests against real WebUIs, which ``WEBUI_DIR``, ``FORGE_DIR``, ``REFORGE_DIR`` and ``NEO_DIR`` name.
+
+Each test runs in each that is named; without any they are skipped, and say so. The forks need ``WEBUI_DIR`` too, with
+which the tiny checkpoints are made. ``only_on`` says where a test runs that is of some of them only.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +15,39 @@ from typing import Any
 import pytest
 from browser import opened_page
 from client import Client
-from server import (
-    REPOSITORY,
-    Installation,
-    NoWebUIError,
-    Server,
-    ensure_checkpoints,
-    running_server,
-)
+from installations import Installation, NoWebUIError, named_hosts
+from server import REPOSITORY, Server, ensure_checkpoints, running_server
 
 EXTENSIONS = {"sag-pag": REPOSITORY, "probe": REPOSITORY / "tests" / "webui" / "probe"}
 
 ServerFactory = Callable[..., Server]
 
 
-@pytest.fixture(scope="session")
-def installation() -> Installation:
+@pytest.fixture(scope="session", params=named_hosts())
+def installation(request: pytest.FixtureRequest) -> Installation:
     """The WebUI to test against."""
     try:
-        return Installation.find()
+        return Installation.find(request.param)
     except NoWebUIError as reason:
         pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")
-def checkpoints(installation: Installation) -> Path:
+def checkpoints() -> Path:
     """The folder with the tiny checkpoints."""
-    return ensure_checkpoints(installation)
+    try:
+        return ensure_checkpoints(Installation.find())
+    except NoWebUIError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(autouse=True)
+def _only_where_it_belongs(request: pytest.FixtureRequest) -> None:
+    marker = request.node.get_closest_marker("only_on")
+    if marker is not None and "installation" in request.fixturenames:
+        name = request.getfixturevalue("installation").name
+        if name not in marker.args:
+            pytest.skip(f"only on {', '.join(marker.args)}")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from client import Client
+from installations import COMMON, HOSTS, Installation
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,6 @@ REPOSITORY = HERE.parents[1]
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL = 4000
-
-ARGUMENTS = (
-    "--api", "--no-half", "--use-cpu", "all", "--skip-torch-cuda-test", "--skip-prepare-environment",
-    "--skip-version-check", "--do-not-download-clip", "--no-download-sd-model", "--disable-console-progressbars",
-)  # fmt: skip
 
 OPTIONS: dict[str, Any] = {"show_progress_type": "Approx cheap"}
 """The default live preview would download a model."""
@@ -50,46 +46,14 @@ _FOREIGN_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "COMMANDLINE_
 _NOT_SHIPPED = shutil.ignore_patterns(".*", "tests", "__pycache__", "venv", "node_modules", "build", "dist")
 
 
-class NoWebUIError(Exception):
-    """No WebUI was named; tests that need one are to be skipped."""
-
-
 class StartFailedError(RuntimeError):
     """The WebUI did not come up; the message holds the end of its log and where the whole is."""
 
 
-@dataclass(frozen=True)
-class Installation:
-    """A WebUI that works, and the interpreter to run it with."""
-
-    folder: Path
-    python: Path
-
-    @classmethod
-    def find(cls) -> Installation:
-        """Read ``WEBUI_DIR`` and ``WEBUI_PYTHON``.
-
-        Raises `NoWebUIError` where ``WEBUI_DIR`` is not set, and FileNotFoundError where it is set but wrong: who asks
-        for these tests must not see them skipped.
-        """
-        named = os.environ.get("WEBUI_DIR")
-        if not named:
-            raise NoWebUIError("WEBUI_DIR is not set: the tests against a real WebUI did not run")
-        folder = Path(named).resolve()
-        if not (folder / "launch.py").is_file():
-            raise FileNotFoundError(f"WEBUI_DIR has no launch.py: {folder}")
-        python = os.environ.get("WEBUI_PYTHON")
-        candidates = [Path(python)] if python else [root / "venv/bin/python" for root in (folder, folder.parent)]
-        for candidate in candidates:
-            if candidate.is_file():
-                # not resolved: a virtual environment is known by the path it was called with
-                return cls(folder, candidate.absolute())
-        raise FileNotFoundError(f"no interpreter for the WebUI (set WEBUI_PYTHON): {', '.join(map(str, candidates))}")
-
-    def environment(self) -> dict[str, str]:
-        """Our environment without what would lead the WebUI's interpreter to our packages."""
-        inherited = {key: value for key, value in os.environ.items() if key not in _FOREIGN_ENVIRONMENT}
-        return inherited | ENVIRONMENT | {"WEBUI_DIR": str(self.folder)}
+def environment(installation: Installation) -> dict[str, str]:
+    """Our environment without what would lead the WebUI's interpreter to our packages."""
+    inherited = {key: value for key, value in os.environ.items() if key not in _FOREIGN_ENVIRONMENT}
+    return inherited | ENVIRONMENT | {"WEBUI_DIR": str(installation.folder)}
 
 
 def ensure_checkpoints(installation: Installation) -> Path:
@@ -111,7 +75,7 @@ def ensure_checkpoints(installation: Installation) -> Path:
     logger.info("making checkpoints in %s", folder)
     made = subprocess.run(
         [installation.python, HERE / "checkpoints.py", folder],
-        cwd=installation.folder, env=installation.environment(), text=True, capture_output=True, check=False,
+        cwd=installation.folder, env=environment(installation), text=True, capture_output=True, check=False,
     )  # fmt: skip
     if made.returncode:
         raise RuntimeError(f"making the checkpoints failed:\n{(made.stdout + made.stderr)[-LOG_TAIL:]}")
@@ -136,6 +100,7 @@ class Server:
     data_folder: Path
     log_file: Path
     process: subprocess.Popen[bytes]
+    host: str
 
     def log(self, since: int = 0) -> str:
         """What the server has printed, from character ``since`` on; see `log_mark`."""
@@ -154,7 +119,7 @@ class Server:
         # fail ("Cannot add middleware after an application has started"). And the WebUI does not survive a second
         # checkpoint being loaded beside the first.
         log = self.log()
-        if "Startup time:" not in log or "Model loaded in" not in log:
+        if "Startup time:" not in log or (HOSTS[self.host].loads_at_start and "Model loaded in" not in log):
             return False
         try:
             return self.client.request("/sdapi/v1/memory", timeout=5).status in (200, 401)  # with --api-auth
@@ -204,21 +169,23 @@ def running_server(
     (data_folder / "extensions").mkdir(parents=True, exist_ok=True)
     config = data_folder / "config.json"
     if not config.exists():
-        config.write_text(json.dumps(OPTIONS | dict(options or {})), encoding="utf-8")
+        own = {"sd_model_checkpoint": "sd1.safetensors", **installation.host.options}
+        config.write_text(json.dumps(OPTIONS | own | dict(options or {})), encoding="utf-8")
     _install(extensions, data_folder / "extensions")
     log_file = data_folder / "server.log"
     port = free_port()
     command: list[str | Path] = [
-        installation.python, "launch.py", *ARGUMENTS, "--port", str(port), "--data-dir", data_folder,
-        "--ckpt-dir", checkpoints, "--ckpt", checkpoints / "sd1.safetensors", *arguments,
+        installation.python, "launch.py", *COMMON, *installation.host.arguments, "--port", str(port),
+        "--data-dir", data_folder, "--ckpt-dir", checkpoints, "--ckpt", checkpoints / "sd1.safetensors", *arguments,
     ]  # fmt: skip
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=installation.folder, env=installation.environment(),
+            command, cwd=installation.folder, env=environment(installation),
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    server = Server(url=url, client=Client(url), data_folder=data_folder, log_file=log_file, process=process)
+    server = Server(url=url, client=Client(url), data_folder=data_folder, log_file=log_file, process=process,
+                    host=installation.name)
     try:
         server.wait_until_ready()
         yield server

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from functools import partial
 from typing import Any
 
+import torch
 from modules import script_callbacks, scripts, sd_unet, shared
+from torch.utils.flop_counter import FlopCounterMode
 
-STATE: dict[str, Any] = {"calls": [], "raise_at": None, "hook": None}
+STATE: dict[str, Any] = {
+    "calls": [], "raise_at": None, "hook": None, "counted": None, "counter": None, "replaced": {},
+}
+
+
+def _patcher() -> Any:
+    """The U-Net patcher of a fork."""
+    return shared.sd_model.forge_objects.unet
 
 
 def _unet() -> Any:
+    if hasattr(shared.sd_model, "forge_objects"):
+        return _patcher().model.diffusion_model
     return shared.sd_model.model.diffusion_model
+
+
+def _linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of a Linear layer; in inference mode torch does not take it apart into products that it counts."""
+    return 2 * math.prod(x) * int(weight[0])
 
 
 def _before_unet(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["x"]
     STATE["calls"].append(int(x.shape[0]))
+    if STATE["counted"] is not None:
+        STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
+        STATE["counter"].__enter__()
+
+
+def _after_unet(*_: Any) -> None:
+    if STATE["counter"] is not None:
+        counter, STATE["counter"] = STATE["counter"], None
+        counter.__exit__(None, None, None)
+        STATE["counted"] += counter.get_total_flops()
 
 
 def _middle() -> Any:
-    return _unet().joint_blocks[-1] if hasattr(_unet(), "joint_blocks") else _unet().middle_block
+    return _unet().joint_blocks[-1] if hasattr(_unet(), "joint_blocks") else _unet().middle_block[0]
 
 
 def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
@@ -47,6 +76,7 @@ class Probe(scripts.Script):
         unet = _unet()
         STATE["hook"] = (
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
+            unet.register_forward_hook(_after_unet),
             _middle().register_forward_pre_hook(_before_middle),
         )
 
@@ -58,27 +88,69 @@ def remove_hooks() -> None:
     STATE["hook"] = None
 
 
-class OtherUnet(sd_unet.SdUnet):
+def short_of_memory(on: int) -> dict[str, int]:
+    """Makes a fork believe, by its own measure, that there is no free memory."""
+    for name in ("backend.memory_management", "ldm_patched.modules.model_management"):
+        measure = getattr(sys.modules.get(name), "get_free_memory", None)
+        _replace(sys.modules.get(name), "get_free_memory", partial(_no_memory, measure), on)
+    return {"on": on}
+
+
+def _no_memory(measure: Any, *args: Any, **kwargs: Any) -> Any:
+    """None for a call of the model; what is made in pieces of the memory that there is goes on as always."""
+    asking = sys._getframe(1).f_code.co_name
+    return 0 if asking in ("calc_cond_uncond_batch", "_calc_cond_batch", "wants_own_call") else measure(*args, **kwargs)
+
+
+def plain_rows(on: int) -> dict[str, int]:
+    """Makes extra rows of the tested extension run through the whole U-Net, sharing nothing."""
+    topology = sys.modules.get("sag_pag.engine.topology")
+    _replace(getattr(topology, "Topology", None), "prefix", lambda *_: [], on)
+    return {"on": on}
+
+
+def _replace(owner: Any, name: str, value: Any, on: int) -> None:
+    """Replaces something, or gives it back; nothing where there is no such owner."""
+    if owner is not None and on:
+        STATE["replaced"][name] = getattr(owner, name)
+        setattr(owner, name, value)
+    elif owner is not None and name in STATE["replaced"]:
+        setattr(owner, name, STATE["replaced"].pop(name))
+
+
+def count(on: int) -> dict[str, Any]:
+    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far."""
+    counted, STATE["counted"] = STATE["counted"], 0 if on else None
+    return {"counted": counted}
+
+
+class OtherUnet(getattr(sd_unet, "SdUnet", object)):  # type: ignore[misc]
     """Stands for a U-Net that bypasses the model's modules, as TensorRT's does."""
 
     def forward(self, x: Any, timesteps: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         return x * 0.5
 
 
-class OtherUnetOption(sd_unet.SdUnetOption):
+class OtherUnetOption(getattr(sd_unet, "SdUnetOption", object)):  # type: ignore[misc]
     """Selectable in the options as ``Other``."""
 
     model_name = "other"
     label = "Other"
 
-    def create_unet(self) -> sd_unet.SdUnet:
+    def create_unet(self) -> Any:
         return OtherUnet()
 
 
 def leftovers() -> list[str]:
     """Every module of the model that carries a replaced forward or a hook."""
     found = []
-    for name, module in shared.sd_model.named_modules():
+    is_fork = hasattr(shared.sd_model, "forge_objects")
+    if is_fork:
+        options = _patcher().model_options
+        found += [key for key in ("model_function_wrapper", "conditioning_modifiers") if key in options]
+    elif not hasattr(shared.sd_model, "named_modules"):
+        return []  # a fork that has loaded none yet
+    for name, module in (_unet() if is_fork else shared.sd_model).named_modules():
         own = [key for key in ("forward", "_forward", "__call__") if key in vars(module)]
         hooks = [key for key in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, key)]
         if own or hooks:
@@ -97,8 +169,11 @@ def _on_app_started(_demo: Any, app: Any) -> None:
         return {"raise_at": call}
 
     app.add_api_route("/probe/state", state, methods=["GET"])
+    for route in (short_of_memory, plain_rows, count):
+        app.add_api_route(f"/probe/{route.__name__}/{{on}}", route, methods=["POST"])
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
 
 script_callbacks.on_app_started(_on_app_started)
-script_callbacks.on_list_unets(lambda options: options.append(OtherUnetOption()))
+if hasattr(script_callbacks, "on_list_unets"):
+    script_callbacks.on_list_unets(lambda options: options.append(OtherUnetOption()))

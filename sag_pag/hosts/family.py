@@ -1,0 +1,71 @@
+"""What AUTOMATIC1111's WebUI and its forks have in common: generations, passes, options, a step's facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules import processing, shared
+from torch import Tensor, nn
+
+from sag_pag.engine.plan import HiresPass
+
+
+def is_circular(network: nn.Module) -> bool:
+    """Whether "Tiling" has made a network's convolutions circular; a transformer has none that reach over an edge."""
+    out = getattr(network, "out", None)
+    return out is not None and any(getattr(layer, "padding_mode", "") == "circular" for layer in out.modules())
+
+
+class Family:
+    """The part of ``Host`` that is the same in all of them."""
+
+    def checkpoint(self) -> str:
+        """The loaded checkpoint's name."""
+        name: str = shared.sd_model.sd_checkpoint_info.name_for_extra
+        return name
+
+    def generations(self) -> tuple[type, ...]:
+        """Those of txt2img and img2img."""
+        return processing.StableDiffusionProcessingTxt2Img, processing.StableDiffusionProcessingImg2Img
+
+    def hires_pass(self, p: Any) -> HiresPass | None:
+        """The pass of hires. fix that ``p`` is in, ``None`` without hires. fix."""
+        if not getattr(p, "enable_hr", False):
+            return None
+        return "hires pass" if p.is_hr_pass else "first pass"
+
+    def has_other_model(self, p: Any, hires: HiresPass | None, *, start: float) -> bool:
+        """Whether the hires pass's own checkpoint, or the refiner, may run it."""
+        if hires == "hires pass" and getattr(p, "hr_checkpoint_info", None) is not None:
+            return True
+        switch_at = getattr(p, "refiner_switch_at", None)
+        return getattr(p, "refiner_checkpoint_info", None) is not None and switch_at is not None and start >= switch_at
+
+    def disregarded_fields(self) -> set[str]:
+        """The infotext fields that the user's options say to leave alone when a text is pasted."""
+        return set(shared.opts.infotext_skip_pasting)
+
+
+class FamilyStep:
+    """The part of ``Step`` that is the same in all of them: what their ``CFGDenoiser`` says itself."""
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+        self.denoiser = params.denoiser
+
+    def is_of(self, inner_model: Any) -> bool:
+        """Whether a CFG-denoised callback with this model is this step's."""
+        return self.denoiser.inner_model is inner_model
+
+    @property
+    def number(self) -> int:
+        """How often the denoiser was called before in this pass."""
+        return int(self.denoiser.step)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The mask, if the sampler blends after denoising; others put the protected area back before the next step."""
+        if self.denoiser.mask is None or self.denoiser.mask_before_denoising:
+            return None
+        weight: Tensor = self.denoiser.nmask
+        return weight

@@ -1,0 +1,1 @@
+"""What every fork has and AUTOMATIC1111's WebUI has not."""

@@ -1,0 +1,1 @@
+"""Of Forge and Forge Neo."""

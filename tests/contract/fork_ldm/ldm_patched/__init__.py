@@ -1,0 +1,1 @@
+"""Of reForge and Forge Classic."""
