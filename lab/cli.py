@@ -104,7 +104,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         "--sweep", action="append", choices=(points.DEFAULT, *points.SWEEPS),
         help="instead of the default set; repeatable",
     )  # fmt: skip
-    measured.add_argument("--all", action="store_true", help=f"the default set and every sweep but {points.CHOSEN}")
+    measured.add_argument("--all", action="store_true", help="the default set and every sweep on the first seeds")
     parser.add_argument("--mode", action="append", choices=points.MODES, help="sweeps in this mode only; repeatable")
     parser.add_argument("--groups", type=whole(2, 1000), default=10, help="groups of seeds (default: 10)")
     parser.add_argument("--first-group", type=whole(0, 1000), default=0, help="others are other seeds (default: 0)")

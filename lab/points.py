@@ -38,8 +38,8 @@ class Point:
     @property
     def baseline(self) -> Point:
         """The same from noise on and without guidance; in a map of mixes with CFG, CFG alone at its best."""
-        if self.sweep == MIX:
-            return _mixed(BEST_CFG, "CFG alone", {}, steps=self.recipe.steps)
+        if self.sweep in (MIX, BEST_MIX):
+            return _mixed(BEST_CFG, "CFG alone", {}, sweep=self.sweep, steps=self.recipe.steps)
         recipe = replace(self.recipe, settings=Settings(), begin=0.0)
         return replace(self, label="from noise alone" if self.recipe.begin else "none", recipe=recipe, x=0.0)
 
@@ -148,9 +148,13 @@ _MIXED: dict[str, tuple[str, tuple[float, ...], dict[str, object]]] = {
 }
 """What is mixed with CFG: a method's scale, its values, and what else it needs."""
 
+BEST_MIX = "best-mix"
+_BEST_MIXES = ("CFG alone, CFG 2", "PAG 0.5, CFG 1.5", "SAG 0.75, CFG 2")
+"""The best of the map, for seeds that they were not chosen on."""
+
 CHOSEN = "chosen"
-SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", MIX, CHOSEN)
-ON_FIRST_SEEDS = (DEFAULT, *(sweep for sweep in SWEEPS if sweep != CHOSEN))
+SWEEPS = (*_SCALARS, "pag-blocks", "sag-block", "range", "cost", "begin", MIX, BEST_MIX, CHOSEN)
+ON_FIRST_SEEDS = (DEFAULT, *(sweep for sweep in SWEEPS if sweep not in (BEST_MIX, CHOSEN)))
 """Measured on the first groups of seeds; what was chosen there is for others."""
 _IN_ALL_MODES = ("pag-input-start", CHOSEN)
 
@@ -171,6 +175,8 @@ def sweep_points(sweep: str, *, modes: Sequence[Mode] = (), steps: int = 20) -> 
     """
     if sweep == MIX:
         return mixes(steps)
+    if sweep == BEST_MIX:
+        return [replace(point, sweep=BEST_MIX) for point in mixes(steps) if point.label in _BEST_MIXES]
     points: list[Point] = []
     for mode in modes or (MODES if sweep in _IN_ALL_MODES else SWEPT_MODES):
         added = _begins(mode, steps) if sweep == "begin" else [
@@ -181,9 +187,9 @@ def sweep_points(sweep: str, *, modes: Sequence[Mode] = (), steps: int = 20) -> 
     return points
 
 
-def _mixed(cfg: float, label: str, values: dict[str, object], *, steps: int) -> Point:
+def _mixed(cfg: float, label: str, values: dict[str, object], *, sweep: str = MIX, steps: int) -> Point:
     recipe = replace(_recipe("captioned", values, steps=steps), cfg=cfg)
-    return Point(MIX, f"{label}, CFG {cfg:g}", "captioned", recipe, cfg)
+    return Point(sweep, f"{label}, CFG {cfg:g}", "captioned", recipe, cfg)
 
 
 def mixes(steps: int = 20) -> list[Point]:

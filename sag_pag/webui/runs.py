@@ -172,7 +172,7 @@ class GuidedRun:
         return None if plan is None else self._guided_step(plan, model, self._step, rows, call=call)
 
     def _guided_step(
-        self, plan: StepPlan, model: _Model, step: Step, rows: StepRows, *, call: DenoiserCall
+        self, plan: StepPlan, model: _Model, step: Step, rows: StepRows, *, call: DenoiserCall,
     ) -> GuidedStep:
         self.steps_planned += 1
         acting = [feature for feature in FEATURES if getattr(plan, f"{feature}_scale")]
@@ -184,8 +184,7 @@ class GuidedRun:
         except BesideError as error:
             raise RefusedError.beside(error) from error
         return GuidedStep(
-            plan, topology=model.topology, rows=rows, space=step.space,
-            manner=manner,
+            plan, topology=model.topology, rows=rows, space=step.space, manner=manner,
             key_value_inputs=self.host.key_value_inputs(), circular=self.host.is_tiling(),
         )
 

@@ -104,4 +104,4 @@ def test_all_leaves_out_what_is_for_other_seeds(tmp_path: Path, monkeypatch: pyt
     made: list[Point] = []
     monkeypatch.setattr(Evaluation, "make_all", lambda self, points, **_: made.extend(points))
     cli.main(["evaluate", "--all", "--part", "1/2", "--out", str(tmp_path), "--no-plots"])
-    assert {point.sweep for point in made} == {"default", *points.SWEEPS} - {"chosen"}
+    assert {point.sweep for point in made} == {"default", *points.SWEEPS} - {"best-mix", "chosen"}

@@ -8,7 +8,7 @@ from lab import points
 from lab.points import Point, default_points, sweep_points
 
 
-@pytest.mark.parametrize("sweep", [sweep for sweep in points.SWEEPS if sweep != "mix"])
+@pytest.mark.parametrize("sweep", [sweep for sweep in points.SWEEPS if "mix" not in sweep])
 def test_sweeps_start_from_their_baseline(sweep: str) -> None:
     wanted = sweep_points(sweep)
     for mode in ("unconditional", "captioned, CFG 3"):
@@ -27,11 +27,18 @@ def test_the_map_of_mixes_is_against_cfg_alone_at_its_best() -> None:
     assert {point.recipe.cfg for point in others if point.recipe.settings.enabled} == {1.0, 1.5, 2.0, 3.0}
 
 
+def test_the_best_mixes_are_of_the_map() -> None:
+    best = sweep_points("best-mix")
+    assert {point.label for point in best} <= {point.label for point in sweep_points("mix")}
+    assert len(best) == 3
+    assert all(point.baseline == best[0] for point in best)
+
+
 @pytest.mark.parametrize("sweep", points.SWEEPS)
 def test_sweeps_have_modes_of_their_own(sweep: str) -> None:
     """What is asked of every mode is measured in every one."""
     wanted = points.MODES if sweep in ("chosen", "pag-input-start") else ("unconditional", "captioned, CFG 3")
-    wanted = ("captioned",) if sweep == "mix" else wanted
+    wanted = ("captioned",) if sweep in ("mix", "best-mix") else wanted
     assert tuple(dict.fromkeys(point.mode for point in sweep_points(sweep))) == wanted
 
 

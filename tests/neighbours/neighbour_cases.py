@@ -99,7 +99,9 @@ CASES = (
     _negpip("NegPiP, batching off", payload={"prompt": "a cat (dog:-1.0)"}, options=APART),
     _regional("Regional Prompter, attention"),
     _regional("Regional Prompter, attention, batching off", options=APART),
-    Case("Kohya hires. fix", "sd-webui-kohya-hiresfix", {"kohya hires.fix": {"args": [True]}}),
+    Case("Kohya hires. fix", "sd-webui-kohya-hiresfix", {"kohya hires.fix": {"args": [True]}}, payload={
+        "steps": 8
+    }),
     Case("incantations, SEG", "sd-webui-incantations", _incantations(_0=True)),
     Case("incantations, S-CFG", "sd-webui-incantations", _incantations(_4=True)),
     Case(
