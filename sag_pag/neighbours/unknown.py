@@ -87,7 +87,7 @@ class Modules:
     def _changes(self, moves: Callable[[Hook], bool]) -> Iterator[Change]:
         for module, own in self._modules:
             for name in METHODS:
-                if name in own and is_replaced(module, name):
+                if name in own and is_replaced(module, name) and not written_in(own[name]).startswith("sag_pag.hosts"):
                     yield Change(module, own[name])
             for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"]):
                 for hook in hooks.values():

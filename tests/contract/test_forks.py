@@ -193,6 +193,8 @@ def test_an_attention_that_others_have_replaced(fork: Host, settings: Any, free:
     assert_same(fork.generate(settings), wanted)
     assert {place[:2] for place in seen} == {(("middle", 0), 0)}
     assert [0, 0] not in [chunks for *_, chunks in seen]
+    own_call = [2, 1] if free else [1, 1, 1]
+    assert fork.rows(lambda: fork.generate(PAG, steps=1)) == own_call
 
 
 def test_the_forks_own_pag_beside_ours(fork: Host) -> None:

@@ -57,8 +57,8 @@ def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
         raise RuntimeError("raised by the probe inside the U-Net")
 
 
-# Another extension's hooks may be part of the computation: these pass for the host's own, and are known to be none.
-_before_unet.__module__ = _before_middle.__module__ = "modules.lowvram"
+# Another extension's hooks may be part of the computation: these pass for torch's own, and are known to be none.
+_before_unet.__module__ = _after_unet.__module__ = _before_middle.__module__ = "torch"
 
 
 class Probe(scripts.Script):
