@@ -134,7 +134,8 @@ def plot_sweep(results: Sequence[Result], path: Path, *, floor: float) -> None:
         draw(panel, chosen, floor / chosen[0].frechet.value)
     wide = max(1 + result.change.high for result in results if result.change) > 4
     titled = figure.axes[-1 if ratios == "x" else 0]
-    getattr(titled, f"set_{ratios}label")(f"relative Fréchet distance\n({'log scale, ' if wide else ''}95 % intervals)")
+    about = [*(["log scale"] if wide else []), *([] if draw is _plot_mixes else ["95 % intervals"])]
+    getattr(titled, f"set_{ratios}label")("relative Fréchet distance" + (f"\n({', '.join(about)})" if about else ""))
     if wide:  # of all panels, which share this axis
         getattr(titled, f"set_{ratios}scale")("log")
         ticker, axis = importlib.import_module("matplotlib.ticker"), getattr(titled, f"{ratios}axis")

@@ -19,7 +19,17 @@ def generate(client: Client, kind: str, **payload: Any) -> Generation:
     return client.img2img(init_images=[init], denoising_strength=1.0, **payload)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+OF_SOME = {"sd1-pix2pix": ("a1111",), "sd2": ("a1111", "forge", "reforge"), "sd2-v": ("a1111", "forge", "reforge")}
+"""Kinds of model that not every WebUI can run, with or without us."""
+
+
+def kinds() -> list[Any]:
+    """Every kind of model, marked with where it runs."""
+    marks = {kind: [pytest.mark.only_on(*hosts)] for kind, hosts in OF_SOME.items()}
+    return [pytest.param(kind, marks=marks.get(kind, [])) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", kinds())
 def test_pictures_vary(plain_client: Client, kind: str) -> None:
     """Neither constant nor saturated, different where the request is, and the same where it is the same."""
     plain_client.load_checkpoint(kind)
