@@ -61,6 +61,8 @@ def _forward(site: UNetSite, replacement: Replacement, options: Callable[[], Lay
             "block": (site.part, site.index), "block_index": site.depth, "n_heads": block.n_heads,
             "dim_head": block.d_head,
         }
+        if hasattr(block, "attn_precision"):  # in reForge
+            said["attn_precision"] = block.attn_precision
         context = x if context is None else context
         value = context if value is None else value
         out = replacement(attention.to_q(x), attention.to_k(context), attention.to_v(value), said)

@@ -36,6 +36,7 @@ class ForkBlock(BasicTransformerBlock):
     """Changes its input in place, and asks ``patches_replace`` for its self-attention."""
 
     n_heads = d_head = 0
+    attn_precision = "as the block says"
 
     def forward(self, x: Tensor, context: Any = None, transformer_options: Any = None) -> Tensor:  # type: ignore[override]
         options = transformer_options
@@ -46,7 +47,7 @@ class ForkBlock(BasicTransformerBlock):
             n = self.attn1(n)
         else:
             a = self.attn1
-            told |= {"n_heads": a.heads, "dim_head": a.to_q.out_features // a.heads}
+            told |= {"n_heads": a.heads, "dim_head": self.d_head, "attn_precision": self.attn_precision}
             n = a.to_out(replacement(a.to_q(n), a.to_k(n), a.to_v(n), told))
         x += n
         x += self.attn2(self.norm2(x), context=context)

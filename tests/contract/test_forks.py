@@ -185,6 +185,7 @@ def test_an_attention_that_others_have_replaced(fork: Host, settings: Any, free:
     def replacement(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         seen.append((options["block"], options["block_index"], options["cond_or_uncond"]))
         assert len(q) == len(options["cond_or_uncond"])
+        assert options["attn_precision"] == "as the block says"
         q, k, v = (part.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for part in (q, k, v))
         attention = (q @ k.mT * options["dim_head"] ** -0.5).softmax(-1)
         return (attention @ v).transpose(1, 2).flatten(2)
