@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and all tests on a fresh machine with Python 3.10 to 3.12 and pip.
 #   bash tests/run.sh            everything that needs no WebUI
-#   WEBUI_DIR=… bash tests/run.sh   the tests in a real WebUI as well
+#   WEBUI_DIR=… bash tests/run.sh   the tests in a real WebUI as well; FORGE_DIR, REFORGE_DIR and NEO_DIR name forks,
+#   NEIGHBOURS_DIR a folder with other extensions
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -28,7 +29,7 @@ fi
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/python -m pytest -q --ignore-glob="tests/oracles/test_diffusers*.py" --ignore=tests/webui \
-  --ignore=tests/demo/test_page.py
+  --ignore=tests/neighbours --ignore=tests/demo/test_page.py
 if command -v chromium chromium-browser google-chrome >/dev/null; then
   BROWSER_TESTS=1 .venv-page/bin/python -m pytest -q tests/demo/test_page.py
 else
@@ -38,6 +39,11 @@ if [ -n "${WEBUI_DIR:-}" ]; then
   .venv-page/bin/python -m pytest -q tests/webui
 else
   echo "WEBUI_DIR is not set: the tests in a real WebUI did not run"
+fi
+if [ -n "${WEBUI_DIR:-}" ] && [ -n "${NEIGHBOURS_DIR:-}" ]; then
+  .venv-page/bin/python -m pytest -q tests/neighbours
+else
+  echo "WEBUI_DIR and NEIGHBOURS_DIR are not both set: the tests beside other extensions did not run"
 fi
 if [ "$has_diffusers" = 1 ]; then
   .venv-diffusers/bin/python -m pytest -q tests/oracles/test_diffusers*.py

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "webui"))
 
-from server import Installation, NoWebUIError
+from installations import Installation, NoWebUIError
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from installations import Installation
 from neighbour_cases import CASES, COMMITS, CONTROLNET, Case
 from neighbours_table import FIELDS, FILE, write_table
-from server import REPOSITORY, Installation, Server, ensure_checkpoints, running_server
+from server import REPOSITORY, Server, ensure_checkpoints, running_server
 
 TITLE = "Self-Attention & Perturbed-Attention Guidance"
 NULL = {"pag": {"pag_enabled": True, "pag_scale": 20}, "sag": {"sag_enabled": True, "sag_scale": 5, "sag_threshold": 3}}
