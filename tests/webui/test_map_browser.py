@@ -113,7 +113,7 @@ def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
     open_panel(page, "txt2img", "pag")
     page.wait_for_timeout(WAIT)
     page.locator(f"{element('txt2img', 'panel')} > .label-wrap").click()
-    whole = re.search(r"PAG ≈ (\d\.\d\d)× for this picture$", " ".join(head(page).split()))
+    whole = re.search(r"PAG\s*≈ (\d\.\d\d)× for this picture$", " ".join(head(page).split()))
     assert whole is not None, head(page)
     assert page.locator(f"{element('txt2img', 'panel')} .sag-pag-head").is_visible()
     open_panel(page)
