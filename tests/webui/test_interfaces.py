@@ -67,6 +67,7 @@ def test_blocks_are_those_of_the_loaded_model(client: Client) -> None:
     client.txt2img(**guided(pag_blocks="output.8, mid, down.block_2"))
 
 
+@pytest.mark.only_on("a1111")  # to any infotext field Forge's API answers 500 by itself, in get_field_value
 def test_infotext_comes_back_exactly(client: Client) -> None:
     client.load_checkpoint("sd1")
     first = client.txt2img(**guided(**FULL))
@@ -154,7 +155,7 @@ def test_a_bad_value_is_refused_before_the_first_picture(label: str, values: str
     before = state(client)["calls"]
     answer = client.request("/sdapi/v1/txt2img", plot(client, (label, values)))
     assert answer.status in (422, 500)
-    assert answer.body.get("errors") or answer.body["message"]  # as forks call it
+    assert any(answer.body.get(key) for key in ("errors", "message", "detail"))  # as each WebUI calls it
     assert state(client)["calls"] == before
 
 
