@@ -49,8 +49,8 @@ class Neighbours:
 
         found = look()
         scene = Scene(
-            self._topology, found.without(is_of_hypertile), look, self._trust, short_of_memory, moves, denoise, size,
-            acting,
+            topology=self._topology, found=found.without(is_of_hypertile), look=look, trust=self._trust,
+            short_of_memory=short_of_memory, moves=moves, denoise=denoise, size=size, acting=acting,
         )
         self._names = scene.found.names()
         for strategy in STRATEGIES:
@@ -61,7 +61,8 @@ class Neighbours:
             return replace(REPEATED, watch=scene.watch, trust=self._trust)
         if short_of_memory:
             return replace(APART, watch=scene.watch, moves=moves)
-        return replace(JOINED, watch=scene.watch)
+        # PAG alone rides in the host's call: there is none of ours to go unnoticed, and nothing to look for
+        return replace(JOINED, watch=scene.watch) if "sag" in acting else JOINED
 
     def blame(self, failure: str) -> str:
         """Why a step could not be guided, with the names of those who are there."""

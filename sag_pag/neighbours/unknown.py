@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -46,11 +46,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Found:
-    """All that others have changed in a network, and the names of the modules put into its blocks or around them."""
+    """All that others have changed in a network, and the modules put into its blocks or around them."""
 
     changes: tuple[Change, ...] = ()
     layers: tuple[nn.Module, ...] = ()
-    classes: tuple[Any, ...] = field(default=())
+    classes: tuple[Any, ...] = ()
     """Methods that others have put on whole classes, for all modules of all models."""
 
     @property

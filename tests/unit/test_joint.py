@@ -358,7 +358,7 @@ def test_joint_blocks_of_another_kind() -> None:
 def test_who_else_is_in_the_model() -> None:
     """One that has replaced a block, or put its own in, gets the host's rows and no others."""
     model = redrawn(SHAPE, seed=1)
-    assert Neighbours(topology_of(model)).manner(short_of_memory=False).perturbed == JOINED.perturbed
+    assert Neighbours(topology_of(model)).manner(short_of_memory=False) == JOINED
     assert Neighbours(topology_of(model)).manner(short_of_memory=True).perturbed == "apart"
     model.joint_blocks[1].forward = lambda context, x, c: (context, x)  # type: ignore[method-assign]
     assert Neighbours(topology_of(model)).manner(short_of_memory=False).perturbed == REPEATED.perturbed
