@@ -29,7 +29,8 @@ class Scene:
     """A step that is about to be guided.
 
     ``found`` is what others have changed in the U-Net, ``look`` finds it anew; ``trust`` is the run's in what is not
-    known. ``denoise`` is what will be called, with latents of ``size`` (height, width), ``acting`` are the features that act.
+    known. ``denoise`` is what will be called, with latents of ``size`` (height, width), ``acting`` are the features
+    that act.
     """
 
     topology: Topology
