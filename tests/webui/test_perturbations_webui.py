@@ -73,10 +73,10 @@ def test_every_second_step(client: Client) -> None:
     for settings, calls in cases:
         on = client.txt2img(**guided(**settings))
         assert state(client)["calls"] == calls, settings
-        assert difference(on.image, off.image) > 0.1
-    # Heun calls its denoiser twice a step, but for the last
+        assert difference(on.image, off.image) > 0.02
+    # Heun calls its denoiser twice a step, but for the last: each call counts
     client.txt2img(sampler_name="Heun", **guided(pag_scale=3.0, pag_every=2))
-    assert state(client)["calls"] == [3, 3, 2, 2, 3, 3, 2]
+    assert state(client)["calls"] == [3, 2, 3, 2, 3, 2, 3]
 
 
 @pytest.mark.only_on("forge", "reforge")
