@@ -120,7 +120,7 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         shown = vars(p).pop(_SHOWN, {})
         vars(p).pop(VIEWS, None)
         SAMPLING.forget(p)
-        if not shown:
+        if not shown or not processed.infotexts:  # ADetailer asks with a copy of ``p`` and no pictures
             return
         own = processed.infotexts[processed.index_of_first_image :] or processed.infotexts
         added = [(sheet, f"{own[min(number, len(own) - 1)]}, {texts.SEEN}") for number, sheet in shown.items()]
