@@ -177,7 +177,7 @@ def running_server(
     log_file = data_folder / "server.log"
     port = free_port()
     command: list[str | Path] = [
-        installation.python, "launch.py", *COMMON, *installation.host.arguments, "--port", str(port),
+        installation.python, "launch.py", *COMMON, *installation.arguments, "--port", str(port),
         "--data-dir", data_folder, "--ckpt-dir", checkpoints, "--ckpt", checkpoints / "sd1.safetensors", *arguments,
     ]  # fmt: skip
     with log_file.open("wb") as log:

@@ -35,7 +35,7 @@ def hires(host: str, scale: float) -> dict[str, Any]:
     """The request's part that switches hires. fix on."""
     return {
         "enable_hr": True, "hr_scale": scale, "denoising_strength": 0.7,
-        "hr_upscaler": "Lanczos" if host == "neo" else "Latent",  # which that one does not have
+        "hr_upscaler": "None" if host == "neo" else "Latent",  # that one has no other without a download
         "hr_cfg": 5.0, "hr_additional_modules": [],  # of forks: without, they have a CFG scale of 1, or answer 500
     }
 
