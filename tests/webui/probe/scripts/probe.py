@@ -193,6 +193,27 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
 
+def _add_preprocessor() -> None:
+    """For IP-Adapter in a fork: gives two embeddings, and needs no model that makes them."""
+    try:
+        from modules_forge.shared import add_supported_preprocessor
+        from modules_forge.supported_preprocessor import Preprocessor
+    except ImportError:
+        return
+
+    class Embedding(Preprocessor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = "an embedding"
+
+        def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
+            embedding = torch.randn(1, 48, generator=torch.Generator().manual_seed(2))
+            return {"clip_vision": None, "image": None, "embeds": torch.stack([embedding, embedding * 0])}
+
+    add_supported_preprocessor(Embedding())
+
+
+_add_preprocessor()
 script_callbacks.on_app_started(_on_app_started)
 if hasattr(script_callbacks, "on_list_unets"):
     script_callbacks.on_list_unets(lambda options: options.append(OtherUnetOption()))
