@@ -172,7 +172,6 @@
         };
         new MutationObserver(update).observe(source, {childList: true, subtree: true, characterData: true});
         update();
-        return copy;
     }
 
     // The head of an accordion is a button, also for the keyboard and for screen readers. Where it holds a checkbox, which
@@ -193,23 +192,6 @@
         });
     }
 
-    // While an X/Y/Z plot has one of our axes it decides, whatever the panel says.
-    function followPlot(panel, head) {
-        const tab = panel.id.includes("_img2img_") ? "img2img" : "txt2img";
-        const group = gradioApp().getElementById(`${tab}_script_container`);
-        const badge = document.createElement("span");
-        badge.className = "sag-pag-plot";
-        badge.textContent = panel.querySelector(".sag-pag-plot-decides").textContent;
-        head.parentElement.insertBefore(badge, head);
-        const update = () => {
-            const axes = Array.from(group ? group.querySelectorAll("[id*=_xyz_plot_][id$=_type] input") : []);
-            badge.hidden = !axes.some((axis) => axis.offsetParent && /^\[(SAG|PAG|SAG\/PAG)\]/.test(axis.value));
-        };
-        update();
-        if (!group) return;
-        for (const kind of ["change", "click", "focusout"]) group.addEventListener(kind, () => setTimeout(update, 300));
-    }
-
     // Names for screen readers that gradio and the WebUI leave out: a slider's number, an accordion's checkbox.
     function name(panel) {
         for (const input of panel.querySelectorAll("input[type=number]:not([aria-label])")) {
@@ -223,13 +205,12 @@
 
     function setUp(panel) {
         listen(panel);
-        const head = copied(panel.querySelector(".label-wrap"), panel.querySelector(".sag-pag-cost"), "sag-pag-head");
+        copied(panel.querySelector(".label-wrap"), panel.querySelector(".sag-pag-cost"), "sag-pag-head");
         for (const fold of panel.querySelectorAll(".sag-pag-fold")) {
             const source = gradioApp().getElementById(fold.id.replace(/_more$/, "_summary"));
             copied(fold.querySelector(".label-wrap"), source, "sag-pag-aside");
         }
         panel.querySelectorAll(".label-wrap").forEach(asButton);
-        followPlot(panel, head);
         for (const input of panel.querySelectorAll("[id$=_preset] input")) input.readOnly = true;  // chosen, not typed
         name(panel);
         panel.querySelectorAll(".sag-pag-blocks").forEach(follow);

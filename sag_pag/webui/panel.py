@@ -91,7 +91,8 @@ class Panel:
             self.cost = gr.HTML(cost_line(Settings(), None), elem_id=elem_id("cost"), elem_classes="sag-pag-cost")
             self.refresh = gr.Button("⟳", visible=False, elem_id=elem_id("refresh"), elem_classes="sag-pag-refresh")
             self.recount = gr.Button("⟳", visible=False, elem_id=elem_id("recount"), elem_classes="sag-pag-recount")
-            gr.HTML(f'<span class="sag-pag-plot-decides" hidden>{texts.PLOT_DECIDES}</span>')
+            gr.HTML(f'<span class="sag-pag-plot-decides" hidden>{texts.PLOT_DECIDES}</span>'
+                    f'<span class="sag-pag-not-counting" hidden>{texts.NOT_COUNTING}</span>')
             self.presets = PresetControls(elem_id)
             for feature in reversed(FEATURES):
                 self._feature(feature, switch)

@@ -16,10 +16,9 @@ BOTH_AND_HIRES = "For both: softer contrast, hires. fix"
 OFF = "off"
 PER_STEP = "per guided step"
 PER_PICTURE = "for this picture"
-COST_HELP = (
-    "Computing, compared with the same picture without guidance"
-    " and without other extensions in the U-Net; beside some it is more"
-)
+COST_HELP = "Computing, compared with the same picture without guidance; other extensions are not counted"
+NOT_COUNTING = "not counting"
+"""Before the names of the other extensions that are on."""
 NOT_USABLE = "a setting can't be used"
 ENDS_FIRST = "This ends before it starts: move Start down or End up."
 PLOT_DECIDES = "the X/Y/Z plot decides"
