@@ -177,14 +177,15 @@
     // The head of an accordion is a button, also for the keyboard and for screen readers. Where it holds a checkbox, which
     // is one already, its arrow is.
     function asButton(label) {
-        if (label.tagName === "BUTTON") return;
-        const button = label.querySelector("input") ? label.lastElementChild : label;
-        if (button !== label) button.setAttribute("aria-label", label.textContent.replace(button.textContent, "").trim());
-        button.tabIndex = 0;
-        button.setAttribute("role", "button");
+        const isButton = label.tagName === "BUTTON";  // of a newer gradio: it takes the keyboard by itself
+        const button = isButton || !label.querySelector("input") ? label : label.lastElementChild;
         const told = () => button.setAttribute("aria-expanded", String(label.classList.contains("open")));
         new MutationObserver(told).observe(label, {attributes: true, attributeFilter: ["class"]});
         told();
+        if (isButton) return;
+        if (button !== label) button.setAttribute("aria-label", label.textContent.replace(button.textContent, "").trim());
+        button.tabIndex = 0;
+        button.setAttribute("role", "button");
         button.addEventListener("keydown", (event) => {
             if (event.target !== button || (event.key !== "Enter" && event.key !== " ")) return;
             event.preventDefault();
@@ -203,6 +204,19 @@
         }
     }
 
+    // The terms of those who know the field are in tooltips: of a choice the word that pictures and programs know, of a
+    // number what the panel has brought along, read late because the WebUI translates it when it likes.
+    function tellTerms(panel) {
+        const texts = panel.querySelector(".sag-pag-texts"), words = texts.dataset.words.split("|");
+        for (const input of panel.querySelectorAll("input[type=radio]")) {
+            if (words.includes(input.value)) input.closest("label").title = input.value;
+        }
+        for (const term of texts.querySelectorAll("[data-for]")) {
+            const control = gradioApp().getElementById(panel.id.replace(/panel$/, term.dataset.for));
+            control.addEventListener("mouseenter", () => { control.title = term.textContent; });
+        }
+    }
+
     function setUp(panel) {
         listen(panel);
         copied(panel.querySelector(".label-wrap"), panel.querySelector(".sag-pag-cost"), "sag-pag-head");
@@ -213,6 +227,7 @@
         panel.querySelectorAll(".label-wrap").forEach(asButton);
         for (const input of panel.querySelectorAll("[id$=_preset] input")) input.readOnly = true;  // chosen, not typed
         name(panel);
+        tellTerms(panel);
         panel.querySelectorAll(".sag-pag-blocks").forEach(follow);
         panel.classList.add("sag-pag-ready");
     }

@@ -45,6 +45,12 @@ CHOICES = {
 }
 """What the panel calls the values of choices that have no plain name."""
 
+TERMS = {
+    "sag_blur_sigma": "The sigma of a Gaussian blur, in latent pixels",
+    "pag_query_blur": "The sigma of a Gaussian blur of the queries, in tokens",
+}
+"""What those who know the field call a control's value, for its tooltip."""
+
 SEEN_MASK = "Orange: what SAG blurs"
 SEEN_ATTENTION = "Bright: what gets much attention"
 SEEN = "SAG sheet: mask and attention"
