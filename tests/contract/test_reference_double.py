@@ -8,12 +8,15 @@ conditional ones perturbed, and ``plain + scale * (cond - perturbed)``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from double import Host
+from mechanisms import MECHANISMS
+from stands_for import STANDS_FOR
 from torch import Tensor, nn
 
 MIDDLE = "middle_block.1.transformer_blocks.0"
@@ -174,6 +177,14 @@ def test_one_token_without_the_references_is_not_guided(host: Host, unet: nn.Mod
     picture, _ = made(host, unet, {"pag_scale": 20}, blocks=(FIRST,), size=SMALL)
     plain, _ = made(host, unet, {}, blocks=(FIRST,), size=SMALL)
     torch.testing.assert_close(picture, plain, rtol=1e-4, atol=2e-3)
+
+
+def test_what_the_real_one_needs(host: Host, unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it there is no picture beside the double. The same is tried beside the real extension."""
+    taken = MECHANISMS[STANDS_FOR["reference"].needs]
+    monkeypatch.setattr(getattr(import_module(taken.module), taken.owner), taken.method, taken.replacement)
+    _, text = made(host, unet, {"sag_scale": 5, "sag_threshold": 3}, size=SMALL)
+    assert "a call made once more gives something else" in text
 
 
 def test_sag_with_an_empty_mask_changes_nothing(host: Host, unet: nn.Module) -> None:

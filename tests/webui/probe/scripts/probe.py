@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from mechanisms import MECHANISMS
 from modules import script_callbacks, scripts, sd_unet, shared
 from torch.utils.flop_counter import FlopCounterMode
 
 STATE: dict[str, Any] = {
-    "calls": [], "raise_at": None, "hook": None, "counted": None, "counter": None, "replaced": {},
+    "calls": [], "times": [], "raise_at": None, "hook": None, "counted": None, "counter": None, "replaced": {},
 }
 
 
@@ -35,6 +36,8 @@ def _linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> i
 def _before_unet(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["x"]
     STATE["calls"].append(int(x.shape[0]))
+    times = args[1] if len(args) > 1 else kwargs.get("timesteps")
+    STATE["times"].append(None if times is None else float(times.flatten()[0]))
     if STATE["counted"] is not None:
         STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
         STATE["counter"].__enter__()
@@ -44,7 +47,7 @@ def _after_unet(*_: Any) -> None:
     if STATE["counter"] is not None:
         counter, STATE["counter"] = STATE["counter"], None
         counter.__exit__(None, None, None)
-        STATE["counted"] += counter.get_total_flops()
+        STATE["counted"].append(counter.get_total_flops())
 
 
 def _middle() -> Any:
@@ -73,6 +76,7 @@ class Probe(scripts.Script):
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         remove_hooks()
         STATE["calls"].clear()
+        STATE["times"].clear()
         unet = _unet()
         STATE["hook"] = (
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
@@ -109,6 +113,14 @@ def plain_rows(on: int) -> dict[str, int]:
     return {"on": on}
 
 
+def without(mechanism: str, on: int) -> dict[str, int]:
+    """Takes away one of the things that keep the tested extension's own calls unnoticed, or gives it back."""
+    taken = MECHANISMS[mechanism]
+    owner = getattr(sys.modules.get(taken.module), taken.owner, None)
+    _replace(owner, taken.method, taken.replacement, on)
+    return {"on": on}
+
+
 def _replace(owner: Any, name: str, value: Any, on: int) -> None:
     """Replaces something, or gives it back; nothing where there is no such owner."""
     if owner is not None and on:
@@ -119,9 +131,11 @@ def _replace(owner: Any, name: str, value: Any, on: int) -> None:
 
 
 def count(on: int) -> dict[str, Any]:
-    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far."""
-    counted, STATE["counted"] = STATE["counted"], 0 if on else None
-    return {"counted": counted}
+    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far, of all calls
+    and of each.
+    """
+    counted, STATE["counted"] = STATE["counted"] or [], [] if on else None
+    return {"counted": sum(counted), "each": counted}
 
 
 class OtherUnet(getattr(sd_unet, "SdUnet", object)):  # type: ignore[misc]
@@ -162,7 +176,8 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     def state() -> dict[str, Any]:
         remove_hooks()
         callbacks = {key: len(value) for key, value in script_callbacks.callback_map.items()}
-        return {"calls": list(STATE["calls"]), "leftovers": leftovers(), "callbacks": callbacks}
+        seen = {name: list(STATE[name]) for name in ("calls", "times")}
+        return {**seen, "leftovers": leftovers(), "callbacks": callbacks}
 
     def raise_at(call: int) -> dict[str, int]:
         STATE["raise_at"] = call
@@ -171,6 +186,7 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/state", state, methods=["GET"])
     for route in (short_of_memory, plain_rows, count):
         app.add_api_route(f"/probe/{route.__name__}/{{on}}", route, methods=["POST"])
+    app.add_api_route("/probe/without/{mechanism}/{on}", without, methods=["POST"])
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
 
