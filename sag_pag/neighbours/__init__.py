@@ -15,7 +15,7 @@ from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner, Trust, moves_nothing
 from sag_pag.engine.patching import Hook
 from sag_pag.neighbours.animatediff import animatediff
-from sag_pag.neighbours.controlnet import controlnet
+from sag_pag.neighbours.controlnet import controlnet, is_left_of_controlnet
 from sag_pag.neighbours.hypertile import is_of_hypertile
 from sag_pag.neighbours.scene import Scene
 from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
@@ -30,7 +30,7 @@ STRATEGIES: tuple[Strategy, ...] = (animatediff, tiled_diffusion, controlnet)
 
 def takes_any_rows(change: Change) -> bool:
     """Whether it is by somebody of whom is known that no row of a call is to them unlike another."""
-    return is_of_hypertile(change) or is_of_token_merging(change)
+    return is_of_hypertile(change) or is_of_token_merging(change) or is_left_of_controlnet(change)
 
 
 class Neighbours:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +33,9 @@ class UnetHook(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         kind = SimpleNamespace(name="AttentionInjection")
-        self.control_params = [SimpleNamespace(control_model_type=kind, control_model=None)]
+        unit = SimpleNamespace(control_model_type=kind, control_model=None)
+        self.control_params: list[Any] | None = [unit]
+        self.attention_auto_machine = self.gn_auto_machine = SimpleNamespace(name="Read")
         self.noises: list[Tensor] = []
         self.given: Tensor | None = None
         self.writes = False
@@ -58,15 +60,9 @@ class UnetHook(nn.Module):
         def forward_webui(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
             return forward(x, timesteps, context)
 
-        model.forward = forward_webui
-        for block in blocks:
-            block.bank = []  # type: ignore[assignment]
-            block.forward = self.hacked(block)  # type: ignore[method-assign]
-
-    def hacked(self, block: Any) -> Any:
-        def hacked_forward(x: Tensor, context: Tensor | None = None) -> Tensor:
+        def hacked_forward(block: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
             own = block.norm1(x)
-            if self.writes:
+            if outer.writes:
                 block.bank.append(own.clone())
                 attended = block.attn1(own, context=own)
             else:
@@ -80,7 +76,10 @@ class UnetHook(nn.Module):
             x = block.attn2(block.norm2(x), context=context) + x
             return block.ff(block.norm3(x)) + x  # type: ignore[no-any-return]
 
-        return hacked_forward
+        model.forward = forward_webui
+        for block in blocks:
+            block.bank = []  # type: ignore[assignment]
+            block.forward = MethodType(hacked_forward, block)  # type: ignore[method-assign]
 
 
 class Literally:
@@ -158,6 +157,23 @@ def made(
     else:
         done = host.processing.process_images(p)
     return done.latents[0], done.infotexts[0]
+
+
+@pytest.mark.parametrize(("still", "expected"), [
+    ("there", [2] * 5), ("aligned", [2] * 5), ("noted", [2, 2, 2, 3]), ("gone", [3, 3]),
+])
+def test_what_it_leaves_on_the_blocks(host: Host, unet: nn.Module, still: str, expected: list[int]) -> None:
+    """When it is done the blocks' own forward is in what it has put there: extra rows may ride along again."""
+    hook, block = UnetHook(), unet.get_submodule(FIRST)
+    hook.hook(unet, None, blocks=[block])
+    del unet.forward
+    if still != "there":
+        hook.control_params = None
+    if still == "noted":
+        block.bank = [torch.zeros(2, 64, 32)]  # type: ignore[assignment]
+    if still == "aligned":
+        hook.attention_auto_machine = SimpleNamespace(name="StyleAlign")
+    assert host.rows(lambda: host.generate({"pag_scale": 3}, steps=2)) == expected
 
 
 @pytest.mark.parametrize("size", [(), SMALL], ids=["many tokens", "one token"])

@@ -45,11 +45,11 @@ class Beside:
             str(rows) for rows, time in zip(state["calls"], state["times"], strict=True) if time == state["times"][-1]
         )
 
-    def operations(self, settings: Settings | None = None) -> int:
+    def operations(self, settings: Settings | None = None, *, idle: bool = False) -> int:
         """Of the U-Net in all steps of a larger picture but the first."""
         client = self.server.client
         client.call("/probe/count/1", {})
-        self.made(settings, steps=2, **square(256))
+        self.made(settings, idle=idle, steps=2, **square(256))
         times, each = client.call("/probe/state")["times"], client.call("/probe/count/0", {})["each"]
         return sum(count for time, count in zip(times, each, strict=True) if time != times[0])
 

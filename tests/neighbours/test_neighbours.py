@@ -129,6 +129,28 @@ def _together(beside: Beside) -> str:
     return f"{without}, {guided}"
 
 
+def _controlnet(server_with: Start, name: str) -> Beside:
+    case = next(case for case in CASES if case.name == name)
+    return Beside(case, server_with(CONTROLNET))
+
+
+def test_what_a_reference_picture_leaves_in_the_model_costs_nothing(server_with: Start) -> None:
+    beside = _controlnet(server_with, "ControlNet, reference_only")
+    off = beside.made(idle=True)
+    beside.made()
+    assert difference(beside.made(TINY["pag"], idle=True), off) <= LEVEL
+    assert beside.rows() == "3"
+
+
+def test_beside_controlnet_pag_adds_what_it_adds_alone(server_with: Start) -> None:
+    """Nothing of ControlNet's, nor what runs before the first perturbed attention, runs again for it."""
+    beside = _controlnet(server_with, "ControlNet")
+    added = [
+        beside.operations(TINY["pag"], idle=idle) - beside.operations(idle=idle) for idle in (True, False)
+    ]
+    assert added[1] == pytest.approx(added[0], rel=0.01)
+
+
 def test_every_double_stands_for_rows_of_the_table() -> None:
     assert {row for stand in STANDS_FOR.values() for row in stand.rows} <= {case.name for case in CASES}
 
