@@ -38,6 +38,10 @@ STANDS_FOR = {
         "encodes and draws noise in its first call, and keeps what it has encoded", needs="encoding",
         rows=("ControlNet, reference_only",),
     ),
+    "ControlNet": Stand(
+        "runs a model of its own on the call's rows, and keeps by row what it makes in its first call", calls="2+1",
+        rows=("ControlNet", "ControlNet, shuffle", "ControlNet, InstantID", "ControlNet, inpaint_only"),
+    ),
     "cached steps": Stand(
         "skips blocks in every other call", says="did not run in every step", rows=("DeepCache standalone",),
     ),
