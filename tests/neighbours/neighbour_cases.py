@@ -23,8 +23,8 @@ ALONE, REPEATED = (1.35, 1.52), (2.01, 2.01)
 """The most that PAG and SAG may cost where nobody is, and where the host's rows run once more."""
 FREEU = {"stage_infos": [{"backbone_factor": 1.4, "skip_factor": 0.7}] * 3}
 LORA = "tiny"
-CONTROLLED, ADAPTED, MORE = (1.19, 1.67), (1.35, 1.51), (1.25, 1.8)
-"""Beside ControlNet's models, beside those of its that cost little themselves, and beside more rows or models."""
+CONTROLLED, ADAPTED, MORE = (1.19, 1.67), (1.35, 1.51), (1.28, 1.68)
+"""Beside ControlNet's models, beside those that cost little themselves, and with more models, prompts or pixels."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ CASES = (
     _controlnet("two units", CONTROL, CONTROL, most=MORE),
     _controlnet("AND", CONTROL, most=MORE, payload={"prompt": "a cat AND a dog"}),
     _controlnet("low VRAM", unit("control_tiny_sd15", low_vram=True)),
-    _controlnet("hires. fix", CONTROL, null=(), payload={
+    _controlnet("hires. fix", CONTROL, most=MORE, null=(), payload={
         "enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7,
     }),
     _controlnet("inpaint_only", unit("control_tiny_sd15", "inpaint_only", image=None), payload=INPAINTED),
