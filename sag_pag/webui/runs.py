@@ -295,3 +295,9 @@ class GuidedRun:
         elif self.steps_guided < self.steps_planned:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
+        if 0 < self.steps_decided < self.steps_announced:
+            missed = self.steps_announced - self.steps_decided
+            self.record.note(
+                f"not applied in {missed} of {self.steps_announced} steps, in which another extension called the model "
+                "in its own way", self.p,
+            )
