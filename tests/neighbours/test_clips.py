@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from client import Generation
 from installations import Installation
-from real_hosts import LEVEL, NULL, OURS, PROBE, TINY, ours, started
+from real_hosts import LEVEL, NULL, PROBE, TINY, ours, started
 from server import REPOSITORY, Server
 
 STRONG = {"pag": {"pag_enabled": True, "pag_scale": 3}, "sag": {"sag_enabled": True, "sag_scale": 1}}
