@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
 from sag_pag.engine.blocks import Topology
 from sag_pag.engine.patching import Forward, Hook, forward_replaced
-from sag_pag.engine.rows import Row, StepRows
+from sag_pag.engine.rows import Row, StepRows, rows_in
 from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 from sag_pag.engine.topology import topology_of
 from sag_pag.hosts.family import Family, FamilyStep, is_circular
@@ -126,9 +127,12 @@ class A1111Step(FamilyStep):
             largest = self.denoiser.inner_model.sigma_to_t(largest[None], quantize=True)
         return (999 - int(largest)) / 1000
 
-    @property
+    @cached_property
     def rows(self) -> StepRows:
-        """Every sub-prompt of each image, InstructPix2Pix's third group, then the unconditional ones."""
+        """Every sub-prompt of each image, InstructPix2Pix's third group, then the unconditional ones.
+
+        Regional Prompter's latent mode sorts the conditional ones by sub-prompt, in its CFG-denoiser callback.
+        """
         batch = self.denoiser.sampler.sampler_extra_args["cond"].batch
         is_edit = shared.sd_model.cond_stage_key == "edit" and self.denoiser.image_cfg_scale not in (None, 1.0)
         conds = [
@@ -136,7 +140,8 @@ class A1111Step(FamilyStep):
             for image, prompts in enumerate(batch) for number, prompt in enumerate(prompts)
         ]
         others = [Row("other", image) for image in range(len(batch))] if is_edit else []
-        return StepRows((*conds, *others, *(Row("uncond", image) for image in range(len(batch)))))
+        rows = StepRows((*conds, *others, *(Row("uncond", image) for image in range(len(batch)))))
+        return rows_in(self.params.x, rows)
 
     @property
     def space(self) -> Space:

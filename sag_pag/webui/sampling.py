@@ -58,10 +58,10 @@ class Sampling:
         if (prepared := vars(p).get(_PREPARED)) is not None:
             prepared.record.write(p)
 
-    def has_sampled(self, p: Any, index: int) -> bool:
-        """Whether picture ``index`` of the batch was sampled here; extensions may add pictures of other machines."""
+    def pictures(self, p: Any) -> int | None:
+        """How many pictures of the batch were sampled here, if that is known; others may add pictures to it."""
         prepared: Prepared | None = vars(p).get(_PREPARED)
-        return prepared is None or prepared.pictures is None or index < prepared.pictures
+        return None if prepared is None else prepared.pictures
 
     def end_batch(self, p: Any) -> None:
         """After a batch was sampled: if that went another way than through ``sample``, its pictures say so."""
