@@ -9,19 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from browser import READY, element, load, open_panel, opened_page, screenshot, text_field
+from browser import READY, element, generate, load, open_panel, opened_page, screenshot, text_field
 from client import Client
 from server import Server
 from test_generation import state
-
-
-def generate(page: Any, *, steps: int = 2) -> None:
-    """A small picture from the page's button."""
-    for name, value in (("steps", steps), ("width", 128), ("height", 128)):
-        page.locator(f"#txt2img_{name} input[type=number]").fill(str(value))
-    page.locator("#txt2img_generate").click()
-    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
-    page.wait_for_timeout(1500)
 
 
 def test_reloading_the_ui(page: Any, client: Client, webui: Server) -> None:
