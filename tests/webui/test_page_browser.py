@@ -20,8 +20,13 @@ def test_reloading_the_ui(page: Any, client: Client, webui: Server) -> None:
     client.load_checkpoint("sd1")
     before = state(client)["callbacks"]
     page.locator("#tabs button", has_text="Settings").first.click()
+    mark = webui.log_mark()
     page.locator("#settings_restart_gradio").click()
-    page.wait_for_timeout(8000)
+    for _ in range(60):  # seconds, on a busy machine
+        page.wait_for_timeout(1000)
+        if "Running on local URL" in webui.log(mark):
+            break
+    page.wait_for_timeout(3000)
     load(page, webui.url)
     assert state(client)["callbacks"] == before
     open_panel(page, "txt2img", "pag")
