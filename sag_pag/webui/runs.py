@@ -255,10 +255,8 @@ class GuidedRun:
 
         What the failed calls hold is let go at once: after an out-of-memory there must be room again.
         """
-        at: BaseException | None = error
-        while at is not None:
-            traceback.clear_frames(at.__traceback__)
-            at = at.__cause__ or at.__context__
+        for failed in _came_of(error):
+            traceback.clear_frames(failed.__traceback__)
         self._guided = None
         self._error = self._error or error
 
@@ -289,3 +287,15 @@ class GuidedRun:
         elif self.steps_guided < self.steps_planned:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
+
+
+def _came_of(error: BaseException) -> list[BaseException]:
+    """An exception and those that it came of, each once: an exception may be its own cause."""
+    seen: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        at = waiting.pop()
+        if at is not None and id(at) not in seen:
+            seen[id(at)] = at
+            waiting += [at.__cause__, at.__context__]
+    return list(seen.values())
