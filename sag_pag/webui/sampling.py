@@ -10,7 +10,8 @@ from typing import Any
 from sag_pag.hosts.interface import Host
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui.record import Record
-from sag_pag.webui.runs import GuidedRun, RefusedError
+from sag_pag.webui.refused import RefusedError
+from sag_pag.webui.runs import GuidedRun
 
 VIEWS = "sag_pag_views"
 """Attribute of a processing object: what SAG saw while the batch was sampled, if that is to be shown."""
