@@ -85,7 +85,9 @@ class A1111Step(FamilyStep):
 
         def make(denoise: Forward) -> Forward:
             def forward(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
-                rows = self._rows_of(x) if open_still else ()  # others may keep this beyond the step
+                within = vars(self.denoiser.inner_model).get("forward") is not forward
+                # others may keep this beyond the step
+                rows = self._rows_of(x, seen=len(seen), within=within) if open_still else ()
                 if not rows or not seen.isdisjoint(rows):
                     return denoise(x, sigma, **kwargs)
                 seen.update(rows)
@@ -103,17 +105,21 @@ class A1111Step(FamilyStep):
         """With ``--medvram`` or ``--lowvram``, or "Batch cond/uncond" off."""
         return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
 
-    def _rows_of(self, x: Tensor) -> tuple[Row, ...]:
-        """What the rows of a call are; nothing if it is not one of the step's.
+    def _rows_of(self, x: Tensor, *, seen: int, within: bool) -> tuple[Row, ...]:
+        """What the rows of a call are; nothing if it is not one of the step's, of which so many rows were ``seen``.
 
-        The WebUI calls with its tensor of all rows, or with a part of it: where in it says which rows they are.
+        The WebUI calls with its tensor of all rows, or with a part of it: where in it says which rows they are. An
+        extension that calls this from ``within`` its own forward may hand on a copy (AnimateDiff does): the next
+        rows, if it is one of a row for each picture.
         """
         every: Tensor = self.params.x
         rows = self.rows.rows
         if len(every) != len(rows) or x.shape[1:] != every.shape[1:]:
             return ()
         if x.untyped_storage().data_ptr() != every.untyped_storage().data_ptr():
-            return rows if len(x) == len(rows) else ()
+            following = slice(seen, seen + self.rows.images)
+            is_copy = within and len(x) == self.rows.images and torch.equal(x, every[following])
+            return rows if len(x) == len(rows) else rows[following] if is_copy else ()
         first = (x.storage_offset() - every.storage_offset()) // every.stride(0)
         return rows[first : first + len(x)]
 

@@ -83,6 +83,7 @@ class GuidedRun:
         """Which features a model could do, and which ones one could not, with the reason."""
         self._step: Step | None = None
         self._guided: GuidedStep | None = None
+        self._predictions: Tensor | None = None
         self._decided = self._ended = False
         self._progress = 0.0
         self._taken = ExitStack()
@@ -205,9 +206,11 @@ class GuidedRun:
                 f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block", self.p
             )
 
-    def end_calls(self) -> None:
-        """CFG-denoised callback: all of the step's calls are done."""
+    def end_calls(self, predictions: Tensor | None = None) -> None:
+        """CFG-denoised callback: all of the step's calls are done. Others may still change the ``predictions``."""
         self._taken.close()
+        if predictions is not None:
+            self._predictions = predictions
         if self._guided is None or self._ended:
             return
         self._ended = True
@@ -232,12 +235,15 @@ class GuidedRun:
         self.end_calls()
         guided, self._guided = self._guided, None
         step, self._step = self._step, None
+        predictions, self._predictions = self._predictions, None
         if guided is None or step is None or self._error is not None:
             return combined
         if guided.failure:
             assert self._model is not None
             self._unguided_because = self._model.neighbours.blame(guided.failure)
             return combined
+        if predictions is not None:
+            guided.see_mixed(predictions)
         result = guided.apply(combined, factor=step.factor, weight=step.weight)
         self.steps_guided += 1
         return result
@@ -289,3 +295,9 @@ class GuidedRun:
         elif self.steps_guided < self.steps_planned:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
+        if 0 < self.steps_decided < self.steps_announced:
+            missed = self.steps_announced - self.steps_decided
+            self.record.note(
+                f"not applied in {missed} of {self.steps_announced} steps, in which another extension called the model "
+                "in its own way", self.p,
+            )

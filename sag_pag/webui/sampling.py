@@ -143,7 +143,7 @@ class Sampling:
             if run.is_under_way(params.inner_model):
                 while self._steps[-1] is not run:  # the steps of nested generations that failed
                     self._steps.pop()
-                run.failing_visibly(run.end_calls)
+                run.failing_visibly(partial(run.end_calls, params.x))
 
     def on_cfg_after_cfg(self, params: Any) -> None:
         """After CFG. Tells nobody whose step it is: the one that began last."""

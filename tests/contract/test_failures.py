@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from importlib import import_module
 from inspect import getattr_static
 from typing import Any
@@ -111,7 +112,7 @@ def test_the_host_is_not_as_expected(host: Host, monkeypatch: pytest.MonkeyPatch
     p = host.processing_for(BOTH)
     kind, name = function.split(".")
     owner = getattr(import_module("sag_pag.hosts.a1111"), kind)
-    is_property = isinstance(getattr_static(owner, name), property)
+    is_property = isinstance(getattr_static(owner, name), (property, cached_property))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, property(missing) if is_property else missing)
         with pytest.raises(AttributeError, match=function):

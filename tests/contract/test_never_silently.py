@@ -81,6 +81,56 @@ def test_a_host_that_ends_only_some_steps(host: Host) -> None:
     assert "applied in 2 of 4 steps" in infotext
 
 
+class HandsOnCopies:
+    """AnimateDiff (a88e889): in the first step's callback, after ours, it puts a forward of its own on the denoiser,
+    which hands rows on by their numbers, in windows of so many.
+    """
+
+    def __init__(self, host: Host, window: int) -> None:
+        self.window = window
+        host.shared.opts.batch_cond_uncond = False
+        host.script_callbacks.on_cfg_denoiser(self.install)
+
+    def install(self, params: Any) -> None:
+        inner = params.denoiser.inner_model
+        if params.denoiser.step == 0:
+            original = inner.forward
+            inner.forward = lambda x, sigma, cond: self.forward(original, x, sigma, cond)
+
+    def forward(self, original: Callable[..., Tensor], x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        out = torch.zeros_like(x)
+        for start in range(0, len(x), self.window):
+            rows = list(range(start, start + self.window))
+            own = {key: [value[0][rows]] for key, value in cond.items()}
+            out[rows] = original(x[rows], sigma[rows], cond=own)
+        return out
+
+
+def test_copies_of_the_rows(host: Host) -> None:
+    """Theirs is around ours in the first step, inside it afterwards: every step is guided."""
+    fields = {"batch_size": 2, "steps": 2}
+    host.shared.opts.batch_cond_uncond = False
+    expected = host.generate(BOTH, **fields)
+    HandsOnCopies(host, window=2)
+    result = run(host, host.processing_for(BOTH, **fields))
+    assert NOTE not in result.infotexts[0]
+    for actual, e in zip(result.latents, expected, strict=True):
+        torch.testing.assert_close(actual, e, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_in_which_nobody_knows_the_rows(host: Host) -> None:
+    """Its own windows in the first step alone; afterwards it hands on what it gets."""
+    copies = HandsOnCopies(host, window=1)
+
+    def whole(params: Any) -> None:
+        copies.window = 1 if params.denoiser.step == 0 else 2
+
+    host.script_callbacks.on_cfg_denoiser(whole)
+    infotext = run(host, host.processing_for(PAG, batch_size=2, steps=3)).infotexts[0]
+    assert "PAG: True" in infotext
+    assert "not applied in 1 of 3 steps, in which another extension called the model in its own way" in infotext
+
+
 def test_a_webui_that_does_not_tell_whose_step_it_is(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions before 1.8: an exception of ours that the host swallows must not leave an unguided picture."""
     kind = host.script_callbacks.CFGDenoiserParams

@@ -8,12 +8,15 @@ conditional ones perturbed, and ``plain + scale * (cond - perturbed)``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
+from importlib import import_module
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from double import Host
+from mechanisms import MECHANISMS
+from stands_for import STANDS_FOR
 from torch import Tensor, nn
 
 MIDDLE = "middle_block.1.transformer_blocks.0"
@@ -30,7 +33,9 @@ class UnetHook(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         kind = SimpleNamespace(name="AttentionInjection")
-        self.control_params = [SimpleNamespace(control_model_type=kind, control_model=None)]
+        unit = SimpleNamespace(control_model_type=kind, control_model=None)
+        self.control_params: list[Any] | None = [unit]
+        self.attention_auto_machine = self.gn_auto_machine = SimpleNamespace(name="Read")
         self.noises: list[Tensor] = []
         self.given: Tensor | None = None
         self.writes = False
@@ -55,15 +60,9 @@ class UnetHook(nn.Module):
         def forward_webui(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
             return forward(x, timesteps, context)
 
-        model.forward = forward_webui
-        for block in blocks:
-            block.bank = []  # type: ignore[assignment]
-            block.forward = self.hacked(block)  # type: ignore[method-assign]
-
-    def hacked(self, block: Any) -> Any:
-        def hacked_forward(x: Tensor, context: Tensor | None = None) -> Tensor:
+        def hacked_forward(block: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
             own = block.norm1(x)
-            if self.writes:
+            if outer.writes:
                 block.bank.append(own.clone())
                 attended = block.attn1(own, context=own)
             else:
@@ -77,7 +76,10 @@ class UnetHook(nn.Module):
             x = block.attn2(block.norm2(x), context=context) + x
             return block.ff(block.norm3(x)) + x  # type: ignore[no-any-return]
 
-        return hacked_forward
+        model.forward = forward_webui
+        for block in blocks:
+            block.bank = []  # type: ignore[assignment]
+            block.forward = MethodType(hacked_forward, block)  # type: ignore[method-assign]
 
 
 class Literally:
@@ -157,6 +159,23 @@ def made(
     return done.latents[0], done.infotexts[0]
 
 
+@pytest.mark.parametrize(("still", "expected"), [
+    ("there", [2] * 5), ("aligned", [2] * 5), ("noted", [2, 2, 2, 3]), ("gone", [3, 3]),
+])
+def test_what_it_leaves_on_the_blocks(host: Host, unet: nn.Module, still: str, expected: list[int]) -> None:
+    """When it is done the blocks' own forward is in what it has put there: extra rows may ride along again."""
+    hook, block = UnetHook(), unet.get_submodule(FIRST)
+    hook.hook(unet, None, blocks=[block])
+    del unet.forward
+    if still != "there":
+        hook.control_params = None
+    if still == "noted":
+        block.bank = [torch.zeros(2, 64, 32)]  # type: ignore[assignment]
+    if still == "aligned":
+        hook.attention_auto_machine = SimpleNamespace(name="StyleAlign")
+    assert host.rows(lambda: host.generate({"pag_scale": 3}, steps=2)) == expected
+
+
 @pytest.mark.parametrize("size", [(), SMALL], ids=["many tokens", "one token"])
 def test_guidance_is_what_its_definition_says_from_the_first_step_on(
     host: Host, unet: nn.Module, size: tuple[int, ...]
@@ -174,6 +193,14 @@ def test_one_token_without_the_references_is_not_guided(host: Host, unet: nn.Mod
     picture, _ = made(host, unet, {"pag_scale": 20}, blocks=(FIRST,), size=SMALL)
     plain, _ = made(host, unet, {}, blocks=(FIRST,), size=SMALL)
     torch.testing.assert_close(picture, plain, rtol=1e-4, atol=2e-3)
+
+
+def test_what_the_real_one_needs(host: Host, unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it there is no picture beside the double. The same is tried beside the real extension."""
+    taken = MECHANISMS[STANDS_FOR["reference"].needs]
+    monkeypatch.setattr(getattr(import_module(taken.module), taken.owner), taken.method, taken.replacement)
+    _, text = made(host, unet, {"sag_scale": 5, "sag_threshold": 3}, size=SMALL)
+    assert "a call made once more gives something else" in text
 
 
 def test_sag_with_an_empty_mask_changes_nothing(host: Host, unet: nn.Module) -> None:

@@ -62,3 +62,30 @@ def test_latents_that_tell_no_order(host: Host) -> None:
     for actual, guided in zip(generated(host, BOTH), expected, strict=True):
         torch.testing.assert_close(actual, guided, rtol=1e-3, atol=1e-3)
     assert seen
+
+
+class Regions(Sorter):
+    """Each sub-prompt's prediction stands in its own third of the width; elsewhere it is the unconditional one."""
+
+    def put(self, rows: Any, before: Any, *, back: bool = False) -> None:
+        super().put(rows, before, back=back)
+        if back:
+            width = rows.shape[-1]
+            for image, prompt in ((image, prompt) for image in range(2) for prompt in range(3)):
+                row, left = image * 3 + prompt, prompt * width // 3
+                kept = rows[row, ..., left : left + width // 3].clone()
+                rows[row] = rows[len(rows) - 2 + image]
+                rows[row, ..., left : left + width // 3] = kept
+
+
+@pytest.mark.parametrize("settings", [{"pag_scale": 3}, BOTH, {**BOTH, "rescale_mode": "partial"}], ids=str)
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_a_prompt_guides_its_region_alone(host: Host, settings: dict[str, Any], sampler: str) -> None:
+    """The same prompt in every region is that prompt in the whole picture."""
+    fields = {"batch_size": 2, "steps": 2, "sampler_name": sampler}
+    expected, plain = host.generate(settings, prompt="a cat", **fields), host.generate({}, prompt="a cat", **fields)
+    Regions(host, images=2, prompts=3)
+    regional = host.generate(settings, prompt="a cat AND a cat AND a cat", **fields)
+    for actual, guided, unguided in zip(regional, expected, plain, strict=True):
+        torch.testing.assert_close(actual, guided, rtol=1e-4, atol=1e-3)
+        assert not torch.allclose(guided, unguided, atol=1e-2)

@@ -83,3 +83,12 @@ def test_alone_or_together(webui: Server, settings: dict[str, Any] | None, promp
     for number, picture in enumerate(both.images):
         alone = pictures(seed=1 + number)
         assert np.abs(picture.astype(int) - alone.image.astype(int)).max() <= LEVEL
+
+
+@pytest.mark.parametrize("settings", [None, *STRONG.values()], ids=["off", *STRONG])
+def test_a_prompt_guides_its_region_alone(webui: Server, settings: dict[str, Any] | None) -> None:
+    """The same prompt in both regions is that prompt in the whole picture."""
+    large = {"width": 128, "height": 128}
+    regional = made(webui, settings, "a cat BREAK a cat", **large)
+    whole = webui.client.txt2img(prompt="a cat", alwayson_scripts=ours(settings), **large)
+    assert difference(regional, whole) <= LEVEL

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from mechanisms import MECHANISMS
 from modules import script_callbacks, scripts, sd_unet, shared
 from torch.utils.flop_counter import FlopCounterMode
 
 STATE: dict[str, Any] = {
-    "calls": [], "control_calls": [], "raise_at": None, "hooks": [], "control_hooks": [], "counted": None,
+    "calls": [], "control_calls": [], "times": [], "raise_at": None, "hooks": [], "control_hooks": [], "counted": None,
     "counter": None, "replaced": {},
 }
 
@@ -37,6 +38,9 @@ def _before_model(calls: str, _module: Any, args: tuple[Any, ...], kwargs: dict[
     """Notes the rows of a call of the U-Net, or of one that controls it, and begins to count."""
     x = args[0] if args else kwargs["x"]
     STATE[calls].append(int(x.shape[0]))
+    if calls == "calls":
+        times = args[1] if len(args) > 1 else kwargs.get("timesteps")
+        STATE["times"].append(None if times is None else float(times.flatten()[0]))
     if STATE["counted"] is not None:
         STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
         STATE["counter"].__enter__()
@@ -46,7 +50,7 @@ def _after_model(*_: Any) -> None:
     if STATE["counter"] is not None:
         counter, STATE["counter"] = STATE["counter"], None
         counter.__exit__(None, None, None)
-        STATE["counted"] += counter.get_total_flops()
+        STATE["counted"].append(counter.get_total_flops())
 
 
 def _middle() -> Any:
@@ -80,6 +84,7 @@ class Probe(scripts.Script):
         remove_hooks()
         STATE["calls"].clear()
         STATE["control_calls"].clear()
+        STATE["times"].clear()
         unet = _unet()
         STATE["hooks"] += [
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
@@ -127,6 +132,14 @@ def plain_rows(on: int) -> dict[str, int]:
     return {"on": on}
 
 
+def without(mechanism: str, on: int) -> dict[str, int]:
+    """Takes away one of the things that keep the tested extension's own calls unnoticed, or gives it back."""
+    taken = MECHANISMS[mechanism]
+    owner = getattr(sys.modules.get(taken.module), taken.owner, None)
+    _replace(owner, taken.method, taken.replacement, on)
+    return {"on": on}
+
+
 def _replace(owner: Any, name: str, value: Any, on: int) -> None:
     """Replaces something, or gives it back; nothing where there is no such owner."""
     if owner is not None and on:
@@ -137,9 +150,11 @@ def _replace(owner: Any, name: str, value: Any, on: int) -> None:
 
 
 def count(on: int) -> dict[str, Any]:
-    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far."""
-    counted, STATE["counted"] = STATE["counted"], 0 if on else None
-    return {"counted": counted}
+    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far, of all calls
+    and of each.
+    """
+    counted, STATE["counted"] = STATE["counted"] or [], [] if on else None
+    return {"counted": sum(counted), "each": counted}
 
 
 class OtherUnet(getattr(sd_unet, "SdUnet", object)):  # type: ignore[misc]
@@ -180,8 +195,8 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     def state() -> dict[str, Any]:
         remove_hooks()
         callbacks = {key: len(value) for key, value in script_callbacks.callback_map.items()}
-        rows = {key: list(STATE[key]) for key in ("calls", "control_calls")}
-        return {**rows, "leftovers": leftovers(), "callbacks": callbacks}
+        seen = {name: list(STATE[name]) for name in ("calls", "control_calls", "times")}
+        return {**seen, "leftovers": leftovers(), "callbacks": callbacks}
 
     def raise_at(call: int) -> dict[str, int]:
         STATE["raise_at"] = call
@@ -190,6 +205,7 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/state", state, methods=["GET"])
     for route in (short_of_memory, plain_rows, count):
         app.add_api_route(f"/probe/{route.__name__}/{{on}}", route, methods=["POST"])
+    app.add_api_route("/probe/without/{mechanism}/{on}", without, methods=["POST"])
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
 
