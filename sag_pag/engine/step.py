@@ -98,7 +98,7 @@ class GuidedStep:
             topology=self.topology, key_value_inputs=self.key_value_inputs,
             rows=conds if self.plan.pag_scale else (), perturbed=self.plan.perturbed,
             settings=self.plan.settings, capture=capture, read=self.plan.read, manner=self.manner, watch=watch,
-            trusted=self._tried, say_failure=self._fail,
+            trusted=self._tried, space=self.space, say_failure=self._fail,
         ))
         kept = out.clone()  # other extensions may change the host's tensor in place
         self._out |= {row: kept[index] for index, row in enumerate(rows)}

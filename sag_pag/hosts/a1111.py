@@ -152,7 +152,10 @@ class A1111Step(FamilyStep):
     @property
     def space(self) -> Space:
         """x0 for samplers that work with sigmas, noise for those that work with timesteps."""
-        return SigmaSpace() if self._alphas is None else TimestepSpace(self._alphas)
+        velocity = shared.sd_model.parameterization == "v"
+        if self._alphas is None:
+            return SigmaSpace(velocity=velocity)
+        return TimestepSpace(self._alphas, velocity=velocity)
 
     @property
     def factor(self) -> float:

@@ -46,9 +46,9 @@ _ROW_AWARE = ("block_modifiers", "block_inner_modifiers")
 class Seam:
     """Where the two kinds of forks differ.
 
-    ``memory`` is their module of memory management, ``predictor`` the model's attribute that knows timesteps,
-    ``margin`` what they multiply the memory that a call needs with; ``runs_layers``: the U-Net runs the layers of a
-    block itself, so that a block's own forward is never called.
+    ``memory`` is their module of memory management, ``predictor`` the model's attribute that knows timesteps and what
+    the model predicts, ``margin`` what they multiply the memory that a call needs with; ``runs_layers``: the U-Net runs
+    the layers of a block itself, so that a block's own forward is never called.
     """
 
     memory: str
@@ -244,8 +244,11 @@ class ForgeStep(FamilyStep):
 
     def progress(self, sigma: Tensor) -> float:
         """On the scale of the WebUI's "Refiner: switch at"; ``sigma`` are noise levels."""
-        predictor = getattr(self.patcher.model, self.host.seam.predictor)
-        return (999 - int(predictor.timestep(torch.max(sigma)[None]))) / 1000
+        return (999 - int(self._predictor.timestep(torch.max(sigma)[None]))) / 1000
+
+    @property
+    def _predictor(self) -> Any:
+        return getattr(self.patcher.model, self.host.seam.predictor)
 
     @property
     def rows(self) -> StepRows:
@@ -264,8 +267,10 @@ class ForgeStep(FamilyStep):
 
     @property
     def space(self) -> Space:
-        """x0 and noise levels, for every sampler."""
-        return SigmaSpace()
+        """x0 and noise levels, for every sampler. Where a model predicts v, only a part of the picture stays in x0."""
+        nothing, something = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        kept = self._predictor.calculate_denoised(torch.ones(1), nothing, something)
+        return SigmaSpace(velocity=bool(kept < 1))
 
     @property
     def factor(self) -> float:
