@@ -192,6 +192,11 @@ class GuidedRun:
                 f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block", self.p
             )
 
+    def was_blended(self, told: Any) -> None:
+        """The host has blended with what is protected: that is of the step under way, if there is one."""
+        if self._step is not None:
+            self._step.was_blended(told)
+
     def end_calls(self) -> None:
         """CFG-denoised callback: all of the step's calls are done."""
         self._taken.close()
@@ -225,7 +230,7 @@ class GuidedRun:
             assert self._model is not None
             self._unguided_because = self._model.neighbours.blame(guided.failure)
             return combined
-        result = guided.apply(combined, factor=step.factor, weight=step.weight)
+        result = guided.apply(combined, factor=step.factor, weight=step.weight, blend=step.blend)
         self.steps_guided += 1
         return result
 
