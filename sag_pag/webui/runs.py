@@ -193,6 +193,11 @@ class GuidedRun:
                 f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block", self.p
             )
 
+    def was_blended(self, told: Any) -> None:
+        """The host has blended with what is protected: that is of the step under way, if there is one."""
+        if self._step is not None:
+            self._step.was_blended(told)
+
     def end_calls(self, predictions: Tensor | None = None) -> None:
         """CFG-denoised callback: all of the step's calls are done. Others may still change the ``predictions``."""
         self._taken.close()
@@ -231,7 +236,7 @@ class GuidedRun:
             return combined
         if predictions is not None:
             guided.see_mixed(predictions)
-        result = guided.apply(combined, factor=step.factor, weight=step.weight)
+        result = guided.apply(combined, factor=step.factor, weight=step.weight, blend=step.blend)
         self.steps_guided += 1
         return result
 
