@@ -53,6 +53,10 @@ class Step(Protocol):
     def wants_own_call(self, more: int) -> bool:
         """Whether ``more`` rows should not make the step's calls larger, but make a call of their own."""
 
+    @property
+    def path(self) -> tuple[Any, ...]:
+        """The objects that a denoiser call goes through on its way to the network, which is not among them."""
+
     def is_of(self, inner_model: Any) -> bool:
         """Whether a CFG-denoised callback with this model is this step's."""
 

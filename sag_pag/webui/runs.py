@@ -167,7 +167,7 @@ class GuidedRun:
         try:
             manner = model.neighbours.manner(
                 short_of_memory=step.wants_own_call(len(rows.conds)), moves=self.host.moves, denoise=call.denoise,
-                size=(int(call.x.shape[-2]), int(call.x.shape[-1])), acting=acting,
+                path=step.path, size=(int(call.x.shape[-2]), int(call.x.shape[-1])), acting=acting,
             )
         except BesideError as error:
             raise RefusedError.beside(error) from error
