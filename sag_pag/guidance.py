@@ -102,6 +102,23 @@ def fuse_by_saliency(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(saliency(first) >= saliency(second), first, second)
 
 
+def share_left(changed: Tensor, *, own: Tensor, base: Tensor) -> Tensor | None:
+    """What share of ``own - base`` is left in ``changed - base``, place by place: ``(1, height, width)``.
+
+    All three are ``(channels, height, width)``. Regional prompts mix a prompt's prediction ``own`` with the
+    unconditional ``base``, each in its region. ``None`` where nothing is changed, or in another way than that.
+    """
+    if torch.equal(changed, own):
+        return None
+    near = 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
+    difference, left = working_precision(own) - working_precision(base), working_precision(changed - base)
+    squares = difference.square().sum(dim=0, keepdim=True)
+    share = (left * difference).sum(dim=0, keepdim=True) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+    share = torch.where(squares > 1e-12 * squares.max(), share, 1.0)
+    is_mixed = (left - share * difference).abs().max() <= 1e-2 * difference.abs().max() + near
+    return share if bool(is_mixed) else None
+
+
 def _unprotected(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else torch.where(weight > 0, x, 0.0)
 

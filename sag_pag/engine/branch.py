@@ -7,14 +7,12 @@ the middle block of SD 1.5 and SDXL an extra row costs 0.69 of a plain one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sag_pag.engine.attention import AttentionPatch, BlockPatch, KeyValueInputs, MapCapture, MapSize
@@ -23,9 +21,9 @@ from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
 from sag_pag.engine.patching import Forward, forward_replaced, without_hooks
 from sag_pag.engine.perturbations import Perturbation, Place
 from sag_pag.engine.rows import copied, count_rows, join_rows, stacked_rows, take_rows
+from sag_pag.engine.spaces import SigmaSpace, Space
+from sag_pag.engine.trial import try_again
 from sag_pag.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 def _ignored(_: str) -> None:
@@ -37,7 +35,8 @@ class Branch:
     """What to add to one denoiser call.
 
     ``rows``: those of the call to run once more, perturbed at ``perturbed`` in the way that ``settings`` name.
-    ``capture``: reads the attention map of ``read`` on the way. ``trusted``: calls like this one have been tried.
+    ``capture``: reads the attention map of ``read`` on the way. ``trusted``: calls like this one have been tried;
+    ``space`` is the one that they predict in.
     ``say_failure`` is told why guidance can't be had from this call, beside somebody of whom nothing is known.
     """
 
@@ -51,6 +50,7 @@ class Branch:
     manner: Manner = JOINED
     watch: Watch = field(default_factory=Watch)
     trusted: bool = False
+    space: Space = field(default_factory=SigmaSpace)
     say_failure: Callable[[str], None] = _ignored
 
     @property
@@ -126,9 +126,14 @@ def _repeated(
     if missed := reading.missed():
         branch.say_failure(_NOT_EVERYWHERE.format(", ".join(missed)))
         return out, None
-    _try_again(out, branch, lambda: denoise(x, sigma, cond=cond))
-    if branch.manner.trust is not None and not branch.manner.trust.reproduces:
-        branch.say_failure(branch.manner.trust.because)
+    trust = branch.manner.trust
+    if trust is not None and trust.reproduces is not False and not branch.trusted:
+        try_again(
+            trust, branch.watch, branch.topology.network, out, call=lambda: denoise(x, sigma, cond=cond),
+            predicted=lambda out: branch.space.predicted(x, out, sigma),
+        )
+    if trust is not None and not trust.reproduces:
+        branch.say_failure(trust.because)
         return out, None
     if not rows:
         return out, None
@@ -142,27 +147,6 @@ def _repeated(
 
 
 _NOT_EVERYWHERE = "the self-attention of {} did not run in every step"
-REPRODUCED = 1e-3
-"""How far, relative to the largest value, a call made once more may be from the first: devices are not exact."""
-
-
-def _try_again(out: Tensor, branch: Branch, call: Callable[[], Tensor]) -> None:
-    """Finds out whether the host's call can be made once more, if that is not known yet."""
-    trust = branch.manner.trust
-    if trust is None or trust.reproduces is False or branch.trusted:
-        return
-    first = out.clone()
-    try:
-        with branch.watch.own_call(range(len(out)), same_picture=True):
-            second = call()
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever somebody unknown fails with
-        logger.warning("a call of the model made once more failed", exc_info=True)
-        trust.reproduces, trust.because = False, f"a call made once more failed with {type(error).__name__}"
-        return
-    near = second.shape == first.shape and bool((second - first).abs().max() <= REPRODUCED * first.abs().max())
-    trust.reproduces, trust.because = near, "" if near else "a call made once more gives something else"
 
 
 class _Patches:

@@ -62,6 +62,29 @@ class StepRows:
         return [found[image] for image in range(self.images)]
 
 
+def rows_in(x: Tensor, announced: StepRows) -> StepRows:
+    """``announced`` in the order in which ``x`` holds them: an extension may have sorted the conditional rows anew.
+
+    ``x`` are the latents of all rows. A conditional row's is its image's, as the unconditional row's is; which
+    sub-prompts of an image come first stays. Where the latents tell no order the announced one is given.
+    """
+    rows = announced.rows
+    of_image = {row.image: index for index, row in enumerate(rows) if row.role == "uncond"}
+    places = [index for index, row in enumerate(rows) if row.role == "cond" and row.image in of_image]
+    if len(of_image) < 2 or len(x) != len(rows):
+        return announced
+    if torch.equal(x[places], x[[of_image[rows[place].image] for place in places]]):
+        return announced
+    waiting = {image: [row for row in announced.conds if row.image == image] for image in of_image}
+    found = list(rows)
+    for place in places:
+        images = [image for image, index in of_image.items() if torch.equal(x[place], x[index])]
+        if len(images) != 1 or not waiting[images[0]]:
+            return announced
+        found[place] = waiting[images[0]].pop(0)
+    return StepRows(tuple(found))
+
+
 @runtime_checkable
 class ByRow(Protocol):
     """A value that knows itself what it is for some of its rows."""

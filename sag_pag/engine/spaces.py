@@ -20,9 +20,15 @@ class Space(Protocol):
     def sag_direction(self, out: Tensor, degraded_out: Tensor, change: Tensor) -> Tensor:
         """What SAG's scale multiplies, in this space: eps(x) - eps(x degraded), or its x0 equivalent."""
 
+    def predicted(self, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
+        """What the model itself predicted where the denoiser gave ``out``: the noise, or v."""
+
 
 class SigmaSpace:
-    """k-diffusion: ``x = x0 + sigma * eps``, the denoiser gives x0."""
+    """k-diffusion: ``x = x0 + sigma * eps``, the denoiser gives x0. ``velocity``: the model itself predicts v."""
+
+    def __init__(self, *, velocity: bool = False) -> None:
+        self.velocity = velocity
 
     def denoised(self, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
         return out
@@ -33,14 +39,22 @@ class SigmaSpace:
     def sag_direction(self, out: Tensor, degraded_out: Tensor, change: Tensor) -> Tensor:
         return (out + change) - degraded_out
 
+    def predicted(self, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma[:, None, None, None]
+        if self.velocity:
+            return (x / (1 + s**2) - out) * (1 + s**2).sqrt() / s
+        return (x - out) / s
+
 
 class TimestepSpace:
     """DDPM: ``x = sqrt(a) * x0 + sqrt(1 - a) * eps``, the denoiser gives eps and gets the timestep as ``sigma``.
 
-    ``alphas_cumprod`` is ``a`` by timestep; between two timesteps (UniPC) ``log a`` is interpolated.
+    ``alphas_cumprod`` is ``a`` by timestep; between two timesteps (UniPC) ``log a`` is interpolated. ``velocity``: the
+    model itself predicts v.
     """
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
+    def __init__(self, alphas_cumprod: Tensor, *, velocity: bool = False) -> None:
+        self.velocity = velocity
         self.log_alphas = alphas_cumprod.cpu().double().log()  # there is no float64 on some devices
 
     def _alpha(self, timestep: Tensor, like: Tensor) -> Tensor:
@@ -59,3 +73,9 @@ class TimestepSpace:
 
     def sag_direction(self, out: Tensor, degraded_out: Tensor, change: Tensor) -> Tensor:
         return out - degraded_out
+
+    def predicted(self, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
+        if not self.velocity:
+            return out
+        a = self._alpha(sigma, x)
+        return (out - (1 - a).sqrt() * x) / a.sqrt()

@@ -80,7 +80,8 @@ class GuidedStep:
         self.key_value_inputs = key_value_inputs
         self.circular = circular
         self._out: dict[Row, Tensor] = {}
-        self._pag_delta: dict[int, Tensor] = {}
+        self._pag: dict[Row, Tensor] = {}
+        self._shares: dict[Row, Tensor] = {}
         self._read_calls: list[_ReadCall] = []
         self._sag: dict[int, _Sag] = {}
         self._tried = manner.trust is not None and manner.trust.reproduces is True
@@ -97,13 +98,14 @@ class GuidedStep:
             topology=self.topology, key_value_inputs=self.key_value_inputs,
             rows=conds if self.plan.pag_scale else (), perturbed=self.plan.perturbed,
             settings=self.plan.settings, capture=capture, read=self.plan.read, manner=self.manner, watch=watch,
-            trusted=self._tried, say_failure=self._fail,
+            trusted=self._tried, space=self.space, say_failure=self._fail,
         ))
         kept = out.clone()  # other extensions may change the host's tensor in place
         self._out |= {row: kept[index] for index, row in enumerate(rows)}
         for number, index in enumerate(conds if perturbed is not None else ()):
             assert perturbed is not None
-            self._add_pag_delta(rows[index], kept[index], perturbed[number])
+            own, other = guidance.working_precision(kept[index]), guidance.working_precision(perturbed[number])
+            self._pag[rows[index]] = own - other
         if capture is not None:
             self._read_calls.append(_ReadCall(denoise, x, sigma, cond, rows, read, capture, watch))
         return out
@@ -111,11 +113,33 @@ class GuidedStep:
     def _fail(self, reason: str) -> None:
         self.failure = self.failure or reason
 
-    def _add_pag_delta(self, row: Row, cond: Tensor, perturbed: Tensor) -> None:
-        """PAG's scale * (cond - perturbed), each sub-prompt's own entering with its weight, as in CFG."""
-        difference = guidance.working_precision(cond) - guidance.working_precision(perturbed)
-        delta = self.plan.pag_scale * row.weight * difference
-        self._pag_delta[row.image] = self._pag_delta[row.image] + delta if row.image in self._pag_delta else delta
+    def see_mixed(self, predictions: Tensor) -> None:
+        """After others have seen the step's predictions: where they have mixed a sub-prompt's with the unconditional
+        one, as regional prompts do, its guidance gets the same share as its part of CFG.
+
+        ``predictions`` are those that the host goes on with: every sub-prompt of each image, at the end the
+        unconditional rows.
+        """
+        conds, images = sorted(self.rows.conds, key=lambda row: (row.image, row.prompt)), self.rows.images
+        if len(conds) == images or len(predictions) < len(conds) + images or self.failure:
+            return
+        for row, changed in zip(conds, predictions[: len(conds)], strict=True):
+            base = predictions[len(predictions) - images + row.image]
+            share = guidance.share_left(changed, own=self._out[row], base=base)
+            if share is not None:
+                self._shares[row] = share
+
+    def _weight(self, row: Row) -> Tensor | float:
+        """With what a sub-prompt enters, as in CFG: a number, or a map of its region."""
+        return row.weight * self._shares[row] if row in self._shares else row.weight
+
+    def _pag_deltas(self) -> dict[int, Tensor]:
+        """PAG's scale * (cond - perturbed) of each image, each sub-prompt's own entering with its weight."""
+        deltas: dict[int, Tensor] = {}
+        for row, difference in self._pag.items():
+            delta = self.plan.pag_scale * self._weight(row) * difference
+            deltas[row.image] = deltas[row.image] + delta if row.image in deltas else delta
+        return deltas
 
     def _rows_to_read(self, rows: Sequence[Row]) -> list[int]:
         """SAG reads the unconditional rows; a call without any may be all there is, so then the conditional ones."""
@@ -184,7 +208,7 @@ class GuidedStep:
         """The sum of both guidances, ``(images, channels, height, width)``, in the sampler's space."""
         sag = {image: made.delta for image, made in self._sag.items()}
         images = range(self.rows.images)
-        deltas = [torch.stack([own[image] for image in images]) for own in (sag, self._pag_delta) if own]
+        deltas = [torch.stack([own[image] for image in images]) for own in (sag, self._pag_deltas()) if own]
         return torch.stack(deltas).sum(dim=0)
 
     def apply(self, combined: Tensor, *, factor: float = 1.0, weight: Tensor | None = None) -> Tensor:
@@ -215,7 +239,7 @@ class GuidedStep:
             return torch.stack([self._out[row] for row in self.rows.first_conds()])
         result = list(base)
         for row in conds:
-            result[row.image] = result[row.image] + row.weight * (self._out[row] - base[row.image])
+            result[row.image] = result[row.image] + self._weight(row) * (self._out[row] - base[row.image])
         return torch.stack(result)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from sag_pag.engine.attention import KeyValueInputs, unchanged_inputs
 from sag_pag.engine.blocks import Topology
 from sag_pag.engine.patching import Forward, Hook, forward_replaced
-from sag_pag.engine.rows import Row, StepRows
+from sag_pag.engine.rows import Row, StepRows, rows_in
 from sag_pag.engine.spaces import SigmaSpace, Space, TimestepSpace
 from sag_pag.engine.topology import topology_of
 from sag_pag.hosts.family import Family, FamilyStep, is_circular
@@ -84,7 +85,9 @@ class A1111Step(FamilyStep):
 
         def make(denoise: Forward) -> Forward:
             def forward(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
-                rows = self._rows_of(x) if open_still else ()  # others may keep this beyond the step
+                within = vars(self.denoiser.inner_model).get("forward") is not forward
+                # others may keep this beyond the step
+                rows = self._rows_of(x, seen=len(seen), within=within) if open_still else ()
                 if not rows or not seen.isdisjoint(rows):
                     return denoise(x, sigma, **kwargs)
                 seen.update(rows)
@@ -102,17 +105,21 @@ class A1111Step(FamilyStep):
         """With ``--medvram`` or ``--lowvram``, or "Batch cond/uncond" off."""
         return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond
 
-    def _rows_of(self, x: Tensor) -> tuple[Row, ...]:
-        """What the rows of a call are; nothing if it is not one of the step's.
+    def _rows_of(self, x: Tensor, *, seen: int, within: bool) -> tuple[Row, ...]:
+        """What the rows of a call are; nothing if it is not one of the step's, of which so many rows were ``seen``.
 
-        The WebUI calls with its tensor of all rows, or with a part of it: where in it says which rows they are.
+        The WebUI calls with its tensor of all rows, or with a part of it: where in it says which rows they are. An
+        extension that calls this from ``within`` its own forward may hand on a copy (AnimateDiff does): the next
+        rows, if it is one of a row for each picture.
         """
         every: Tensor = self.params.x
         rows = self.rows.rows
         if len(every) != len(rows) or x.shape[1:] != every.shape[1:]:
             return ()
         if x.untyped_storage().data_ptr() != every.untyped_storage().data_ptr():
-            return rows if len(x) == len(rows) else ()
+            following = slice(seen, seen + self.rows.images)
+            is_copy = within and len(x) == self.rows.images and torch.equal(x, every[following])
+            return rows if len(x) == len(rows) else rows[following] if is_copy else ()
         first = (x.storage_offset() - every.storage_offset()) // every.stride(0)
         return rows[first : first + len(x)]
 
@@ -126,9 +133,12 @@ class A1111Step(FamilyStep):
             largest = self.denoiser.inner_model.sigma_to_t(largest[None], quantize=True)
         return (999 - int(largest)) / 1000
 
-    @property
+    @cached_property
     def rows(self) -> StepRows:
-        """Every sub-prompt of each image, InstructPix2Pix's third group, then the unconditional ones."""
+        """Every sub-prompt of each image, InstructPix2Pix's third group, then the unconditional ones.
+
+        Regional Prompter's latent mode sorts the conditional ones by sub-prompt, in its CFG-denoiser callback.
+        """
         batch = self.denoiser.sampler.sampler_extra_args["cond"].batch
         is_edit = shared.sd_model.cond_stage_key == "edit" and self.denoiser.image_cfg_scale not in (None, 1.0)
         conds = [
@@ -136,12 +146,16 @@ class A1111Step(FamilyStep):
             for image, prompts in enumerate(batch) for number, prompt in enumerate(prompts)
         ]
         others = [Row("other", image) for image in range(len(batch))] if is_edit else []
-        return StepRows((*conds, *others, *(Row("uncond", image) for image in range(len(batch)))))
+        rows = StepRows((*conds, *others, *(Row("uncond", image) for image in range(len(batch)))))
+        return rows_in(self.params.x, rows)
 
     @property
     def space(self) -> Space:
         """x0 for samplers that work with sigmas, noise for those that work with timesteps."""
-        return SigmaSpace() if self._alphas is None else TimestepSpace(self._alphas)
+        velocity = shared.sd_model.parameterization == "v"
+        if self._alphas is None:
+            return SigmaSpace(velocity=velocity)
+        return TimestepSpace(self._alphas, velocity=velocity)
 
     @property
     def factor(self) -> float:

@@ -46,9 +46,9 @@ _ROW_AWARE = ("block_modifiers", "block_inner_modifiers")
 class Seam:
     """Where the two kinds of forks differ.
 
-    ``memory`` is their module of memory management, ``predictor`` the model's attribute that knows timesteps,
-    ``margin`` what they multiply the memory that a call needs with; ``runs_layers``: the U-Net runs the layers of a
-    block itself, so that a block's own forward is never called.
+    ``memory`` is their module of memory management, ``predictor`` the model's attribute that knows timesteps and what
+    the model predicts, ``margin`` what they multiply the memory that a call needs with; ``runs_layers``: the U-Net runs
+    the layers of a block itself, so that a block's own forward is never called.
     """
 
     memory: str
@@ -145,7 +145,7 @@ class ForgeStep(FamilyStep):
             rows = self._rows_of(args) if open_still else ()  # others may keep this beyond the step
             if not rows:
                 return call(args["input"], args["timestep"], args["c"], args["cond_or_uncond"])
-            return self._taken(take, call, args, rows)
+            return self._taken(take, call, args, rows, previous)
 
         # the last modifier: those before it may make calls of their own
         ours = {WRAPPER: wrapper, MODIFIERS: [*before.get(MODIFIERS, ()), learn]}
@@ -176,9 +176,12 @@ class ForgeStep(FamilyStep):
         return tuple(rows)
 
     def _taken(
-        self, take: TakeCall, call: Callable[..., Any], args: Mapping[str, Any], rows: tuple[Row, ...]
+        self, take: TakeCall, call: Callable[..., Any], args: Mapping[str, Any], rows: tuple[Row, ...], previous: Any,
     ) -> Tensor:
-        """Hands a call of the step's over, with everything that depends on its rows where it can be cut by row."""
+        """Hands a call of the step's over, with everything that depends on its rows where it can be cut by row.
+
+        ``previous`` is another extension's wrapper that the call goes through, if there is one.
+        """
         x, c, control = args["input"], args["c"], self._control
         given = c["transformer_options"]
         kinds = tuple(UNCOND if row.role == "uncond" else COND for row in rows)
@@ -202,6 +205,7 @@ class ForgeStep(FamilyStep):
                 c["control"] = copied_lists(cond["control"]) if same else control_of(control, x, sigma, c, called)
             return call(x, sigma, c, called.chunks)
 
+        denoise.__wrapped__ = previous  # type: ignore[attr-defined]  # neighbours are known by it
         with self._replaced_attentions(given):
             return take(DenoiserCall(denoise, x, args["timestep"], cond, rows))
 
@@ -240,8 +244,11 @@ class ForgeStep(FamilyStep):
 
     def progress(self, sigma: Tensor) -> float:
         """On the scale of the WebUI's "Refiner: switch at"; ``sigma`` are noise levels."""
-        predictor = getattr(self.patcher.model, self.host.seam.predictor)
-        return (999 - int(predictor.timestep(torch.max(sigma)[None]))) / 1000
+        return (999 - int(self._predictor.timestep(torch.max(sigma)[None]))) / 1000
+
+    @property
+    def _predictor(self) -> Any:
+        return getattr(self.patcher.model, self.host.seam.predictor)
 
     @property
     def rows(self) -> StepRows:
@@ -260,8 +267,10 @@ class ForgeStep(FamilyStep):
 
     @property
     def space(self) -> Space:
-        """x0 and noise levels, for every sampler."""
-        return SigmaSpace()
+        """x0 and noise levels, for every sampler. Where a model predicts v, only a part of the picture stays in x0."""
+        nothing, something = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        kept = self._predictor.calculate_denoised(torch.ones(1), nothing, something)
+        return SigmaSpace(velocity=bool(kept < 1))
 
     @property
     def factor(self) -> float:

@@ -18,6 +18,7 @@ from sag_pag.neighbours.animatediff import animatediff
 from sag_pag.neighbours.controlnet import controlnet, is_left_of_controlnet
 from sag_pag.neighbours.hypertile import is_of_hypertile
 from sag_pag.neighbours.scene import Scene
+from sag_pag.neighbours.state import State
 from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
 from sag_pag.neighbours.token_merging import is_of_token_merging
 from sag_pag.neighbours.unknown import Change, Modules
@@ -64,6 +65,8 @@ class Neighbours:
             if manner is not None:
                 return manner
         if scene.found.anybody:
+            if self._trust.reproduces is None and not State(scene.found.roots()).complete:
+                self._trust.reproduces, self._trust.because = False, "it keeps more than can be put back"
             return replace(REPEATED, watch=scene.watch, trust=self._trust)
         if short_of_memory:
             return replace(APART, watch=scene.watch, moves=moves)

@@ -10,7 +10,8 @@ from typing import Any
 from sag_pag.hosts.interface import Host
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui.record import Record
-from sag_pag.webui.runs import GuidedRun, RefusedError
+from sag_pag.webui.refused import RefusedError
+from sag_pag.webui.runs import GuidedRun
 
 VIEWS = "sag_pag_views"
 """Attribute of a processing object: what SAG saw while the batch was sampled, if that is to be shown."""
@@ -58,10 +59,10 @@ class Sampling:
         if (prepared := vars(p).get(_PREPARED)) is not None:
             prepared.record.write(p)
 
-    def has_sampled(self, p: Any, index: int) -> bool:
-        """Whether picture ``index`` of the batch was sampled here; extensions may add pictures of other machines."""
+    def pictures(self, p: Any) -> int | None:
+        """How many pictures of the batch were sampled here, if that is known; others may add pictures to it."""
         prepared: Prepared | None = vars(p).get(_PREPARED)
-        return prepared is None or prepared.pictures is None or index < prepared.pictures
+        return None if prepared is None else prepared.pictures
 
     def end_batch(self, p: Any) -> None:
         """After a batch was sampled: if that went another way than through ``sample``, its pictures say so."""
@@ -143,7 +144,7 @@ class Sampling:
             if run.is_under_way(params.inner_model):
                 while self._steps[-1] is not run:  # the steps of nested generations that failed
                     self._steps.pop()
-                run.failing_visibly(run.end_calls)
+                run.failing_visibly(partial(run.end_calls, params.x))
 
     def on_cfg_after_cfg(self, params: Any) -> None:
         """After CFG. Tells nobody whose step it is: the one that began last."""

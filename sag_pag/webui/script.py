@@ -104,7 +104,8 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         """Sees to the picture's metadata, and draws what SAG saw of it, if that is to be shown."""
-        if not SAMPLING.has_sampled(p, p.batch_index):
+        pictures = SAMPLING.pictures(p)
+        if pictures is not None and p.batch_index >= pictures:
             record.clear(p)  # made by another machine, which has its own text: nobody here knows what it did
             return
         SAMPLING.write_record(p)
@@ -112,7 +113,8 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
             return  # a script such as SD upscale puts its pictures together itself and takes every one for a tile
         views = [(at, view.attention[p.batch_index], view.mask[p.batch_index]) for at, view in vars(p).get(VIEWS, ())]
         if views:
-            number = p.iteration * p.batch_size + p.batch_index
+            # not the batch's size of now: that may have grown by pictures of other machines
+            number = p.iteration * (pictures or p.batch_size) + p.batch_index
             setattr(p, _SHOWN, {**vars(p).get(_SHOWN, {}), number: show(pp.image, views)})
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
@@ -120,7 +122,7 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         shown = vars(p).pop(_SHOWN, {})
         vars(p).pop(VIEWS, None)
         SAMPLING.forget(p)
-        if not shown:
+        if not shown or not processed.infotexts:  # ADetailer asks with a copy of ``p`` and no pictures
             return
         own = processed.infotexts[processed.index_of_first_image :] or processed.infotexts
         added = [(sheet, f"{own[min(number, len(own) - 1)]}, {texts.SEEN}") for number, sheet in shown.items()]

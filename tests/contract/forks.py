@@ -152,7 +152,8 @@ class Model:
         self.diffusion_model = checkpoint.model.diffusion_model
         self.inner = import_module("modules.sd_models").SigmaDenoiser(checkpoint)
         self.predictor = self.model_sampling = SimpleNamespace(
-            timestep=lambda sigma: self.inner.sigma_to_t(sigma, quantize=True)
+            timestep=lambda sigma: self.inner.sigma_to_t(sigma, quantize=True),
+            calculate_denoised=self.calculate_denoised,
         )
 
     def memory_required(self, shape: list[int]) -> float:
@@ -168,6 +169,10 @@ class Model:
         if (concat := more.pop("c_concat", None)) is not None:
             shrunk = torch.cat([shrunk, concat], dim=1)
         out: Tensor = self.diffusion_model(shrunk, self.inner.sigma_to_t(t), context=c_crossattn, **more)
+        return self.calculate_denoised(t, out, x)
+
+    def calculate_denoised(self, sigma: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        s = sigma[:, None, None, None]
         if self.checkpoint.parameterization == "v":
             return x / (1 + s**2) - out * s * (1 + s**2).rsqrt()
         return x - out * s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from functools import cached_property
 from importlib import import_module
 from inspect import getattr_static
 from typing import Any
@@ -61,6 +63,30 @@ def test_the_unet_raises(host: Host, error: BaseException, call: int, batched: b
     leaves_nothing(host, p, expected)
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["of itself", "of each other"])
+def test_an_exception_that_is_its_own_cause(host: Host, monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    """``raise error from error`` in SAG's own call, where it is kept to be raised later."""
+    expected = host.plain()
+    error, *between = ring = [ValueError(str(number)) for number in range(1 + others)]
+    for made, cause in zip(ring, [*between, error], strict=True):
+        made.__cause__ = cause
+    clear, cleared = traceback.clear_frames, []
+
+    def counted(frames: Any) -> None:
+        cleared.append(frames)
+        assert len(cleared) < 50, "it never ends"
+        clear(frames)
+
+    p = host.processing_for({"sag_scale": 1})
+    fail_at(host, 2, error)
+    with monkeypatch.context() as patch:
+        patch.setattr(traceback, "clear_frames", counted)
+        with pytest.raises(ValueError, match="0"):
+            host.processing.process_images(p)
+    assert len(cleared) == len(ring)
+    leaves_nothing(host, p, expected)
+
+
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_interrupting(host: Host, step: int) -> None:
     """The sampler returns what it has; the picture is whole, and the next one plain."""
@@ -111,7 +137,7 @@ def test_the_host_is_not_as_expected(host: Host, monkeypatch: pytest.MonkeyPatch
     p = host.processing_for(BOTH)
     kind, name = function.split(".")
     owner = getattr(import_module("sag_pag.hosts.a1111"), kind)
-    is_property = isinstance(getattr_static(owner, name), property)
+    is_property = isinstance(getattr_static(owner, name), (property, cached_property))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, property(missing) if is_property else missing)
         with pytest.raises(AttributeError, match=function):

@@ -29,3 +29,23 @@ def test_they_do_not_get_our_claim(host: Host, settings: dict[str, Any]) -> None
     host.generate(settings, batch_size=2)
     assert ["AG: True" in texts[index] for index in range(4)] == [True, True, False, False]
     assert host.swallowed() == []
+
+
+def test_what_sag_saw_keeps_the_text_of_its_own_picture(host: Host) -> None:
+    """The batch's size grows by the workers' pictures once all batches are made."""
+    own, own_batch = host.script.postprocess_image, host.script.postprocess_batch
+
+    def numbered(p: Any, pp: Any, *args: Any) -> None:
+        own(p, pp, *args)
+        p.extra_generation_params["Picture"] = f"{p.iteration}.{p.batch_index}"
+
+    def grown(p: Any, *args: Any, **kwargs: Any) -> None:
+        own_batch(p, *args, **kwargs)
+        if p.iteration == 1:
+            p.batch_size = 5
+
+    host.script.postprocess_image, host.script.postprocess_batch = numbered, grown
+    p = host.processing_for({"sag_scale": 1, "sag_show": True}, batch_size=2, n_iter=2)
+    made = host.processing.process_images(p)
+    sheets = [text for text in made.infotexts if "SAG sheet" in text]
+    assert [text.split("Picture: ")[1][:3] for text in sheets] == ["0.0", "0.1", "1.0", "1.1"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import torch
 from mechanisms import MECHANISMS
 from modules import script_callbacks, scripts, sd_unet, shared
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 STATE: dict[str, Any] = {
-    "calls": [], "times": [], "raise_at": None, "hook": None, "counted": None, "counter": None, "replaced": {},
+    "calls": [], "control_calls": [], "times": [], "raise_at": None, "hooks": [], "control_hooks": [], "counted": None,
+    "counter": None, "replaced": {},
 }
 
 
@@ -28,25 +29,35 @@ def _unet() -> Any:
     return shared.sd_model.model.diffusion_model
 
 
-def _linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Operations of a Linear layer; in inference mode torch does not take it apart into products that it counts."""
-    return 2 * math.prod(x) * int(weight[0])
+class _Apart(TorchDispatchMode):
+    """In inference mode torch hands convolutions and products over as they were called, and older counters know only
+    what they are made of: so they are taken apart first.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            out = func.decompose(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if out is NotImplemented else out
 
 
-def _before_unet(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_model(calls: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Notes the rows of a call of the U-Net, or of one that controls it, and begins to count."""
     x = args[0] if args else kwargs["x"]
-    STATE["calls"].append(int(x.shape[0]))
-    times = args[1] if len(args) > 1 else kwargs.get("timesteps")
-    STATE["times"].append(None if times is None else float(times.flatten()[0]))
+    STATE[calls].append(int(x.shape[0]))
+    if calls == "calls":
+        times = args[1] if len(args) > 1 else kwargs.get("timesteps")
+        STATE["times"].append(None if times is None else float(times.flatten()[0]))
     if STATE["counted"] is not None:
-        STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
-        STATE["counter"].__enter__()
+        STATE["counter"] = FlopCounterMode(display=False), _Apart()
+        for mode in STATE["counter"]:
+            mode.__enter__()
 
 
-def _after_unet(*_: Any) -> None:
+def _after_model(*_: Any) -> None:
     if STATE["counter"] is not None:
-        counter, STATE["counter"] = STATE["counter"], None
-        counter.__exit__(None, None, None)
+        (counter, apart), STATE["counter"] = STATE["counter"], None
+        for mode in (apart, counter):
+            mode.__exit__(None, None, None)
         STATE["counted"].append(counter.get_total_flops())
 
 
@@ -60,12 +71,16 @@ def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
         raise RuntimeError("raised by the probe inside the U-Net")
 
 
+_before_unet, _before_control = partial(_before_model, "calls"), partial(_before_model, "control_calls")
 # Another extension's hooks may be part of the computation: these pass for torch's own, and are known to be none.
-_before_unet.__module__ = _after_unet.__module__ = _before_middle.__module__ = "torch"
+for _hook in (_before_unet, _before_control, _after_model, _before_middle):
+    _hook.__module__ = "torch"
 
 
 class Probe(scripts.Script):
     """Counts the rows of every U-Net call; with ``raise_at`` set, raises in the middle of that call."""
+
+    sorting_priority = 1000  # after ControlNet, in forks
 
     def title(self) -> str:
         return "Probe"
@@ -76,20 +91,32 @@ class Probe(scripts.Script):
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         remove_hooks()
         STATE["calls"].clear()
+        STATE["control_calls"].clear()
         STATE["times"].clear()
         unet = _unet()
-        STATE["hook"] = (
+        STATE["hooks"] += [
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
-            unet.register_forward_hook(_after_unet),
+            unet.register_forward_hook(_after_model),
             _middle().register_forward_pre_hook(_before_middle),
-        )
+        ]
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(shared.sd_model, "forge_objects"):
+            return
+        remove_hooks("control_hooks")  # a hires pass has its own
+        for unit in _patcher().list_controlnets():
+            model = getattr(unit, "control_model", None) or getattr(unit, "t2i_model", None)
+            STATE["control_hooks"] += [
+                model.register_forward_pre_hook(_before_control, with_kwargs=True),
+                model.register_forward_hook(_after_model),
+            ]
 
 
-def remove_hooks() -> None:
+def remove_hooks(*kinds: str) -> None:
     """Takes the probe's own hooks off."""
-    for hook in STATE["hook"] or ():
-        hook.remove()
-    STATE["hook"] = None
+    for kind in kinds or ("hooks", "control_hooks"):
+        while STATE[kind]:
+            STATE[kind].pop().remove()
 
 
 def short_of_memory(on: int) -> dict[str, int]:
@@ -176,7 +203,7 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     def state() -> dict[str, Any]:
         remove_hooks()
         callbacks = {key: len(value) for key, value in script_callbacks.callback_map.items()}
-        seen = {name: list(STATE[name]) for name in ("calls", "times")}
+        seen = {name: list(STATE[name]) for name in ("calls", "control_calls", "times")}
         return {**seen, "leftovers": leftovers(), "callbacks": callbacks}
 
     def raise_at(call: int) -> dict[str, int]:
@@ -190,6 +217,27 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
 
+def _add_preprocessor() -> None:
+    """For IP-Adapter in a fork: gives two embeddings, and needs no model that makes them."""
+    try:
+        from modules_forge.shared import add_supported_preprocessor
+        from modules_forge.supported_preprocessor import Preprocessor
+    except ImportError:
+        return
+
+    class Embedding(Preprocessor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = "an embedding"
+
+        def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
+            embedding = torch.randn(1, 48, generator=torch.Generator().manual_seed(2))
+            return {"clip_vision": None, "image": None, "embeds": torch.stack([embedding, embedding * 0])}
+
+    add_supported_preprocessor(Embedding())
+
+
+_add_preprocessor()
 script_callbacks.on_app_started(_on_app_started)
 if hasattr(script_callbacks, "on_list_unets"):
     script_callbacks.on_list_unets(lambda options: options.append(OtherUnetOption()))
