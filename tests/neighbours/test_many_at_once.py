@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from client import Generation
 from installations import Installation
-from neighbour_cases import CONTROLNET, controlnet
+from neighbour_cases import CONTROLNET, unit
 from real_hosts import LEVEL, NULL, OURS, PROBE, TINY, difference, ours, started
 from server import REPOSITORY, Server
 
@@ -45,7 +45,7 @@ def scripts(request: pytest.FixtureRequest, webui: Server) -> Iterator[dict[str,
     models = webui.client.call("/controlnet/model_list")["model_list"]
     name = next(model for model in models if model.startswith("control_tiny_sd15"))
     with webui.client.options(hypertile_enable_unet=True):
-        yield {**ACTIVE, **controlnet(name)}
+        yield {**ACTIVE, "controlnet": {"args": [unit(name)]}}
 
 
 def made(webui: Server, scripts: dict[str, Any], settings: dict[str, Any] | None, **payload: Any) -> Generation:
