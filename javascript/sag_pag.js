@@ -172,42 +172,25 @@
         };
         new MutationObserver(update).observe(source, {childList: true, subtree: true, characterData: true});
         update();
-        return copy;
     }
 
     // The head of an accordion is a button, also for the keyboard and for screen readers. Where it holds a checkbox, which
     // is one already, its arrow is.
     function asButton(label) {
-        if (label.tagName === "BUTTON") return;
-        const button = label.querySelector("input") ? label.lastElementChild : label;
-        if (button !== label) button.setAttribute("aria-label", label.textContent.replace(button.textContent, "").trim());
-        button.tabIndex = 0;
-        button.setAttribute("role", "button");
+        const isButton = label.tagName === "BUTTON";  // of a newer gradio: it takes the keyboard by itself
+        const button = isButton || !label.querySelector("input") ? label : label.lastElementChild;
         const told = () => button.setAttribute("aria-expanded", String(label.classList.contains("open")));
         new MutationObserver(told).observe(label, {attributes: true, attributeFilter: ["class"]});
         told();
+        if (isButton) return;
+        if (button !== label) button.setAttribute("aria-label", label.textContent.replace(button.textContent, "").trim());
+        button.tabIndex = 0;
+        button.setAttribute("role", "button");
         button.addEventListener("keydown", (event) => {
             if (event.target !== button || (event.key !== "Enter" && event.key !== " ")) return;
             event.preventDefault();
             label.click();
         });
-    }
-
-    // While an X/Y/Z plot has one of our axes it decides, whatever the panel says.
-    function followPlot(panel, head) {
-        const tab = panel.id.includes("_img2img_") ? "img2img" : "txt2img";
-        const group = gradioApp().getElementById(`${tab}_script_container`);
-        const badge = document.createElement("span");
-        badge.className = "sag-pag-plot";
-        badge.textContent = panel.querySelector(".sag-pag-plot-decides").textContent;
-        head.parentElement.insertBefore(badge, head);
-        const update = () => {
-            const axes = Array.from(group ? group.querySelectorAll("[id*=_xyz_plot_][id$=_type] input") : []);
-            badge.hidden = !axes.some((axis) => axis.offsetParent && /^\[(SAG|PAG|SAG\/PAG)\]/.test(axis.value));
-        };
-        update();
-        if (!group) return;
-        for (const kind of ["change", "click", "focusout"]) group.addEventListener(kind, () => setTimeout(update, 300));
     }
 
     // Names for screen readers that gradio and the WebUI leave out: a slider's number, an accordion's checkbox.
@@ -221,17 +204,30 @@
         }
     }
 
+    // The terms of those who know the field are in tooltips: of a choice the word that pictures and programs know, of a
+    // number what the panel has brought along, read late because the WebUI translates it when it likes.
+    function tellTerms(panel) {
+        const texts = panel.querySelector(".sag-pag-texts"), words = texts.dataset.words.split("|");
+        for (const input of panel.querySelectorAll("input[type=radio]")) {
+            if (words.includes(input.value)) input.closest("label").title = input.value;
+        }
+        for (const term of texts.querySelectorAll("[data-for]")) {
+            const control = gradioApp().getElementById(panel.id.replace(/panel$/, term.dataset.for));
+            control.addEventListener("mouseenter", () => { control.title = term.textContent; });
+        }
+    }
+
     function setUp(panel) {
         listen(panel);
-        const head = copied(panel.querySelector(".label-wrap"), panel.querySelector(".sag-pag-cost"), "sag-pag-head");
+        copied(panel.querySelector(".label-wrap"), panel.querySelector(".sag-pag-cost"), "sag-pag-head");
         for (const fold of panel.querySelectorAll(".sag-pag-fold")) {
             const source = gradioApp().getElementById(fold.id.replace(/_more$/, "_summary"));
             copied(fold.querySelector(".label-wrap"), source, "sag-pag-aside");
         }
         panel.querySelectorAll(".label-wrap").forEach(asButton);
-        followPlot(panel, head);
         for (const input of panel.querySelectorAll("[id$=_preset] input")) input.readOnly = true;  // chosen, not typed
         name(panel);
+        tellTerms(panel);
         panel.querySelectorAll(".sag-pag-blocks").forEach(follow);
         panel.classList.add("sag-pag-ready");
     }

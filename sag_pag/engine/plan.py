@@ -112,8 +112,8 @@ def guides_pass(settings: Settings, hires: HiresPass | None) -> bool:
 def scales_at(settings: Settings, *, progress: float, number: int = 0, hires: HiresPass | None = None) -> Scales:
     """The features' scales at ``progress`` (0 noise, 1 picture; ``(999 - timestep) / 1000``), whatever the model.
 
-    ``number`` is that of the step in its pass, from 0 on; a step is a call of the sampler's denoiser. ``hires`` is the
-    pass of hires. fix, ``None`` where the picture is made without it.
+    ``number`` is that of the sampler's step in its pass, from 0 on. ``hires`` is the pass of hires. fix, ``None`` where
+    the picture is made without it.
     """
     if not guides_pass(settings, hires):
         return dict.fromkeys(FEATURES, 0.0)

@@ -59,8 +59,12 @@ class FamilyStep:
 
     @property
     def number(self) -> int:
-        """How often the denoiser was called before in this pass."""
-        return int(self.denoiser.step)
+        """As the interface says. Samplers that the host calls second-order call the denoiser twice a step, but for the
+        last.
+        """
+        config = getattr(self.denoiser.sampler, "config", None)
+        calls = 2 if config is not None and config.options.get("second_order") else 1
+        return int(self.denoiser.step) // calls
 
     @property
     def weight(self) -> Tensor | None:

@@ -145,7 +145,7 @@ class ForgeStep(FamilyStep):
             rows = self._rows_of(args) if open_still else ()  # others may keep this beyond the step
             if not rows:
                 return call(args["input"], args["timestep"], args["c"], args["cond_or_uncond"])
-            return self._taken(take, call, args, rows)
+            return self._taken(take, call, args, rows, previous)
 
         # the last modifier: those before it may make calls of their own
         ours = {WRAPPER: wrapper, MODIFIERS: [*before.get(MODIFIERS, ()), learn]}
@@ -176,9 +176,12 @@ class ForgeStep(FamilyStep):
         return tuple(rows)
 
     def _taken(
-        self, take: TakeCall, call: Callable[..., Any], args: Mapping[str, Any], rows: tuple[Row, ...]
+        self, take: TakeCall, call: Callable[..., Any], args: Mapping[str, Any], rows: tuple[Row, ...], previous: Any,
     ) -> Tensor:
-        """Hands a call of the step's over, with everything that depends on its rows where it can be cut by row."""
+        """Hands a call of the step's over, with everything that depends on its rows where it can be cut by row.
+
+        ``previous`` is another extension's wrapper that the call goes through, if there is one.
+        """
         x, c, control = args["input"], args["c"], self._control
         given = c["transformer_options"]
         kinds = tuple(UNCOND if row.role == "uncond" else COND for row in rows)
@@ -202,6 +205,7 @@ class ForgeStep(FamilyStep):
                 c["control"] = copied_lists(cond["control"]) if same else control_of(control, x, sigma, c, called)
             return call(x, sigma, c, called.chunks)
 
+        denoise.__wrapped__ = previous  # type: ignore[attr-defined]  # neighbours are known by it
         with self._replaced_attentions(given):
             return take(DenoiserCall(denoise, x, args["timestep"], cond, rows))
 

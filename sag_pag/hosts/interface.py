@@ -63,7 +63,9 @@ class Step(Protocol):
 
     @property
     def number(self) -> int:
-        """How many steps of this pass went before; a step is a call of the sampler's denoiser."""
+        """How many of the sampler's steps in this pass went before. All of its denoiser's calls are one step: with some
+        samplers only what the last of them predicts is taken as the step.
+        """
 
     @property
     def rows(self) -> StepRows:

@@ -15,16 +15,23 @@ from sag_pag.engine.blocks import Topology
 from sag_pag.engine.calls import APART, JOINED, REPEATED, Manner, Trust, moves_nothing
 from sag_pag.engine.patching import Hook
 from sag_pag.neighbours.animatediff import animatediff
-from sag_pag.neighbours.controlnet import controlnet
+from sag_pag.neighbours.controlnet import controlnet, is_left_of_controlnet
 from sag_pag.neighbours.hypertile import is_of_hypertile
 from sag_pag.neighbours.scene import Scene
+from sag_pag.neighbours.state import State
 from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
-from sag_pag.neighbours.unknown import Modules
+from sag_pag.neighbours.token_merging import is_of_token_merging
+from sag_pag.neighbours.unknown import Change, Modules
 from sag_pag.settings import Switchable
 
 Strategy = Callable[[Scene], Manner | None]
 STRATEGIES: tuple[Strategy, ...] = (animatediff, tiled_diffusion, controlnet)
 """In this order each is asked how calls are made; one whose neighbour is not there says nothing."""
+
+
+def takes_any_rows(change: Change) -> bool:
+    """Whether it is by somebody of whom is known that no row of a call is to them unlike another."""
+    return is_of_hypertile(change) or is_of_token_merging(change) or is_left_of_controlnet(change)
 
 
 class Neighbours:
@@ -49,7 +56,7 @@ class Neighbours:
 
         found = look()
         scene = Scene(
-            topology=self._topology, found=found.without(is_of_hypertile), look=look, trust=self._trust,
+            topology=self._topology, found=found.without(takes_any_rows), look=look, trust=self._trust,
             short_of_memory=short_of_memory, moves=moves, denoise=denoise, size=size, acting=acting,
         )
         self._names = scene.found.names()
@@ -58,6 +65,8 @@ class Neighbours:
             if manner is not None:
                 return manner
         if scene.found.anybody:
+            if self._trust.reproduces is None and not State(scene.found.roots()).complete:
+                self._trust.reproduces, self._trust.because = False, "it keeps more than can be put back"
             return replace(REPEATED, watch=scene.watch, trust=self._trust)
         if short_of_memory:
             return replace(APART, watch=scene.watch, moves=moves)

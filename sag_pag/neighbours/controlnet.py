@@ -29,6 +29,7 @@ NAME = "ControlNet"
 _FORWARD = "UnetHook.hook.<locals>.forward_webui"
 _RUN_IN_EACH_CALL = {"ControlNet", "ControlNetUnion", "InstantID", "ControlLoRA"}
 _BY_ROW = {*_RUN_IN_EACH_CALL, "T2I_Adapter", "IPAdapter", "Controlllite"}
+_LEFT = "UnetHook.hook.<locals>.hacked_"
 _ENCODED = "controlnet_vae_cache"
 _KEPT_BY_ROW = ("used_hint_cond_latent", "used_hint_inpaint_hijack")
 
@@ -51,6 +52,20 @@ def controlnet(scene: Scene) -> Manner | None:
 def _is_its_forward(scene: Scene, change: Change) -> bool:
     function = getattr(change.function, "__func__", change.function)
     return change.module is scene.topology.network and getattr(function, "__qualname__", "") == _FORWARD
+
+
+def is_left_of_controlnet(change: Change) -> bool:
+    """Whether it is what a reference mode has left on a block when its picture was done: the block's own forward, as
+    long as nothing is noted there.
+    """
+    function = getattr(change.function, "__func__", change.function)
+    if not getattr(function, "__qualname__", "").startswith(_LEFT):
+        return False
+    hook, own = _captured(function).get("outer"), vars(change.module)
+    machines = (getattr(hook, name, None) for name in ("attention_auto_machine", "gn_auto_machine"))
+    noted = any(own.get(name) for name in ("bank", "mean_bank", "var_bank"))
+    reads = all(getattr(machine, "name", "") == "Read" for machine in machines)
+    return reads and not noted and getattr(hook, "control_params", ()) is None
 
 
 def _is_adapter(change: Change) -> bool:

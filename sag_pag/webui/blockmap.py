@@ -9,6 +9,9 @@ from sag_pag.engine.blocks import AttentionSite
 from sag_pag.engine.model_cost import ModelCost
 from sag_pag.webui import texts
 
+_NARROW_LINE = 12
+"""Blocks in a line of a narrow window, where a network has no levels."""
+
 
 def selection(sites: Iterable[AttentionSite]) -> str:
     """What a map needs to know of the chosen sites: their names, for ``data-chosen``."""
@@ -31,7 +34,10 @@ def block_map(cost: ModelCost, text: str, *, many: bool) -> str:
     cells, depths = [], []
     for column, sites in enumerate(by_block.values()):
         label = names[column]
-        place = f'style="--column: {column + 2}; --level: {levels[column] + 2}; --narrow-column: {narrow[column] + 2}"'
+        place = (
+            f'style="--column: {column + 2}; --level: {levels[column] + 2}; '
+            f'--narrow-column: {narrow[column][0] + 2}; --narrow-level: {narrow[column][1] + 2}"'
+        )
         if not sites:
             part = next((half.part for half in topology.halves() if half.first <= column <= half.last), "middle")
             name = part if part == "middle" else f"{part}.{label}"
@@ -61,7 +67,7 @@ def block_map(cost: ModelCost, text: str, *, many: bool) -> str:
         f'<div class="sag-pag-map" data-choose="{"many" if many else "one"}" data-chosen="{chosen}"'
         f' data-text="{escape(text)}">'
         f'<div class="sag-pag-u" role="group" aria-label="{title}" style="--columns: {len(by_block)}; '
-        f'--narrow-columns: {max(narrow) + 1}">'
+        f'--narrow-columns: {max(narrow)[0] + 1}">'
         f'{halves}{labels}{"".join(cells)}</div>{"".join(depths)}'
         f'<div class="sag-pag-about"><span class="sag-pag-hint">{hint}</span><span class="sag-pag-block" hidden>'
         f'<b data-field="name"></b><span><span>{texts.RESOLUTION}</span> <b data-field="size"></b></span>'
@@ -72,13 +78,18 @@ def block_map(cost: ModelCost, text: str, *, many: bool) -> str:
     )
 
 
-def _narrow(levels: Sequence[int]) -> list[int]:
-    """Each cell's column in a narrow window: a level's input blocks from the left, its output blocks to the right."""
+def _narrow(levels: Sequence[int]) -> list[tuple[int, int]]:
+    """Each cell's column and row in a narrow window.
+
+    A level's input blocks from the left, its output blocks up to the right; blocks that are all of one level in lines.
+    """
+    if len(set(levels)) == 1:
+        return [(i % _NARROW_LINE, i // _NARROW_LINE) for i in range(len(levels))]
     half = (len(levels) + 1) // 2
     columns = max(levels.count(level) for level in set(levels))
     left = [levels[:i].count(level) for i, level in enumerate(levels[:half])]
     right = [columns - levels[i:].count(level) for i, level in enumerate(levels[half:], half)]
-    return left + right
+    return list(zip(left + right, levels, strict=True))
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -91,7 +91,7 @@ class Panel:
             self.cost = gr.HTML(cost_line(Settings(), None), elem_id=elem_id("cost"), elem_classes="sag-pag-cost")
             self.refresh = gr.Button("⟳", visible=False, elem_id=elem_id("refresh"), elem_classes="sag-pag-refresh")
             self.recount = gr.Button("⟳", visible=False, elem_id=elem_id("recount"), elem_classes="sag-pag-recount")
-            gr.HTML(f'<span class="sag-pag-plot-decides" hidden>{texts.PLOT_DECIDES}</span>')
+            gr.HTML(_spoken_by_the_page())
             self.presets = PresetControls(elem_id)
             for feature in reversed(FEATURES):
                 self._feature(feature, switch)
@@ -218,6 +218,16 @@ class Panel:
         named = dict(zip((*PARAMETERS, *self.around), values, strict=True))
         own = {name: named.pop(name) for name in PARAMETERS}
         return own, named
+
+
+def _spoken_by_the_page() -> str:
+    """Texts, never seen here, that the page's scripts put where they belong: here the WebUI can translate them."""
+    terms = "".join(f'<span data-for="{name}">{term}</span>' for name, term in texts.TERMS.items())
+    return (
+        f'<div hidden class="sag-pag-texts" data-words="{"|".join(texts.CHOICES)}">'
+        f'<span class="sag-pag-plot-decides">{texts.PLOT_DECIDES}</span>'
+        f'<span class="sag-pag-not-counting">{texts.NOT_COUNTING}</span>{terms}</div>'
+    )
 
 
 def _shown_for(parameters: Sequence[Parameter], chosen: str) -> Any:

@@ -90,11 +90,11 @@ def cost_line(settings: Settings, cost: PictureCost | None) -> str:
     )
     if cost is None:
         return _line(on)
-    step, picture = (
+    picture, step = (
         f'<span class="sag-pag-price"><b>≈ {ratio:.2f}×</b> <span>{text}</span></span>'
-        for ratio, text in ((cost.step, texts.PER_STEP), (cost.picture, texts.PER_PICTURE))
+        for ratio, text in ((cost.picture, texts.PER_PICTURE), (cost.step, texts.PER_STEP))
     )
-    prices = picture if f"{cost.step:.2f}" == f"{cost.picture:.2f}" else step + picture
+    prices = picture if f"{cost.step:.2f}" == f"{cost.picture:.2f}" else picture + step
     return _line(f'{on}<span class="sag-pag-prices" title="{texts.COST_HELP}">{prices}</span>')
 
 

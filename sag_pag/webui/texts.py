@@ -16,10 +16,9 @@ BOTH_AND_HIRES = "For both: softer contrast, hires. fix"
 OFF = "off"
 PER_STEP = "per guided step"
 PER_PICTURE = "for this picture"
-COST_HELP = (
-    "Computing, compared with the same picture without guidance"
-    " and without other extensions in the U-Net; beside some it is more"
-)
+COST_HELP = "Computing, compared with the same picture without guidance; other extensions are not counted"
+NOT_COUNTING = "not counting"
+"""Before the names of the other extensions that are on."""
 NOT_USABLE = "a setting can't be used"
 ENDS_FIRST = "This ends before it starts: move Start down or End up."
 PLOT_DECIDES = "the X/Y/Z plot decides"
@@ -45,6 +44,12 @@ CHOICES = {
     "swapped tokens": "swapped places (SSG)",
 }
 """What the panel calls the values of choices that have no plain name."""
+
+TERMS = {
+    "sag_blur_sigma": "The sigma of a Gaussian blur, in latent pixels",
+    "pag_query_blur": "The sigma of a Gaussian blur of the queries, in tokens",
+}
+"""What those who know the field call a control's value, for its tooltip."""
 
 SEEN_MASK = "Orange: what SAG blurs"
 SEEN_ATTENTION = "Bright: what gets much attention"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from double import Host
+from stands_for import STANDS_FOR
 from torch import Tensor, nn
 
 
@@ -104,6 +105,7 @@ def test_the_picture_is_that_of_the_rows_made_once_more(
 def test_its_models_run_once_a_step_for_pag(host: Host, unet: nn.Module) -> None:
     _, _, calls, ran = made(host, unet, {"pag_scale": 3}, "ControlNet", steps=3)
     assert calls == [2, 1] * 3
+    assert STANDS_FOR["ControlNet"].calls == "+".join(map(str, calls[:2]))
     assert ran == 3
 
 

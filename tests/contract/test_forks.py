@@ -224,6 +224,43 @@ def test_modifiers_that_call_the_model_themselves(fork: Host) -> None:
     assert torch.equal(fork.generate(BOTH)[0], wanted[0])
 
 
+class MultiDiffusion:
+    """The forks' own, known by its name: cuts rows of ``(rows, channels, 8, 6)`` into tiles, some to a call."""
+
+    def __init__(self, height: int, *, at_once: int) -> None:
+        self.tile_height, self.tile_width, self.at_once = height, 6, at_once
+        self.h = self.w = 0  # not known before the first call
+
+    def __call__(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        tiles, done = list(args["input"].split(self.tile_height, dim=2)), list[Tensor]()
+        while tiles:
+            part, tiles = tiles[: self.at_once], tiles[self.at_once :]
+            c = {key: torch.cat([value] * len(part)) if isinstance(value, Tensor) else value
+                 for key, value in args["c"].items()}
+            out = apply_model(torch.cat(part), args["timestep"].repeat(len(part)), **c)
+            done += out.chunk(len(part))
+        return torch.cat(done, dim=2)
+
+
+def test_tiles(fork: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PAG works in each, however many make a call; SAG, which needs the whole picture, is refused by name."""
+    monkeypatch.setattr("forks.check_options", lambda *_: None)  # nobody tells the options of tiles
+
+    def made(settings: Any, height: int, at_once: int) -> list[Tensor]:
+        patcher(fork).model_options["model_function_wrapper"] = MultiDiffusion(height, at_once=at_once)
+        return fork.generate(settings)
+
+    off, one, two = made({}, 4, 1), made(PAG, 4, 1), made(PAG, 4, 2)
+    assert_same(two, one)
+    assert not torch.allclose(one[0], off[0], rtol=1e-3)
+    assert fork.rows(lambda: made(PAG, 4, 2)) == [6] * 3
+    with pytest.raises(ValueError, match="beside MultiDiffusion Integrated here: switch SAG off"):
+        made(BOTH, 4, 2)
+    whole = made(BOTH, 8, 2)
+    del patcher(fork).model_options["model_function_wrapper"]
+    assert torch.equal(whole[0], fork.generate(BOTH)[0])
+
+
 @pytest.mark.parametrize(("limit", "reason"), [("area", "areas"), ("mask", "areas"), ("timestep_start", "part of the")])
 def test_prompts_with_limits_are_noted(fork: Host, limit: str, reason: str) -> None:
     off = fork.generate()

@@ -1,29 +1,23 @@
 """Doubles of real extensions in the U-Net: a call of ours changes nothing for them, nor they for it.
 
-Each double is of one kind and stands for real extensions; ``STANDS_FOR`` says which.
+Each double is of one kind; ``stands_for`` says for which real extensions it stands.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 from double import Host
+from mechanisms import MECHANISMS
+from stands_for import STANDS_FOR
 from torch import Tensor, nn
 
-STANDS_FOR = {
-    "counter": "NegPiP dc75fd2, Regional Prompter be62345: attentions counted to tell the prompt's call from the other",
-    "hook": "incantations 980d638: hooks that note what the rows of a call are",
-    "generator": "HyperTile of the WebUI: draws from a random.Random of its own",
-    "cached steps": "DeepCache standalone 08bf052: skips blocks in every other call",
-    "first call": "ControlNet 56cec5b2, reference modes: makes something with noise in its first call, and keeps it",
-    "another result": "no known one: what a call gives depends on what nobody can put back",
-    "tiles": "multidiffusion-upscaler 22798f6: several tiles in one call",
-    "windows": "AnimateDiff a88e889: more frames than its context",
-}
 SWAPPED = {"pag_scale": 3, "pag_perturbation": "swapped tokens"}
 SETTINGS = [{"pag_scale": 20}, {"sag_scale": 5, "sag_threshold": 3}]
 """With which guidance does nothing where the map has one token."""
@@ -139,6 +133,40 @@ def test_the_hosts_calls_are_as_without_us(host: Host, unet: nn.Module, put_on: 
         torch.testing.assert_close(guided, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_extra_rows_ride_along_beside_token_merging(host: Host, unet: nn.Module, draws: bool) -> None:
+    """If it draws nothing: then the rows of a call, or how many there are, are nothing to it."""
+    def keep_size(module: Any, args: Any) -> None:
+        module._tome_info["size"] = args[0].shape[2:]
+
+    names = {"__name__": "tomesd.patch"}
+    unet._tome_info = {"args": {"use_rand": draws}}  # type: ignore[assignment]
+    handle = unet.register_forward_pre_hook(FunctionType(keep_size.__code__, names))
+    try:
+        calls = host.rows(lambda: host.generate({"pag_scale": 3}))
+    finally:
+        handle.remove()
+        del unet._tome_info
+    assert set(calls) == ({2} if draws else {3})
+
+
+@pytest.mark.parametrize("put_on", [counter, hook, generator])
+def test_what_the_real_ones_need(
+    host: Host, unet: nn.Module, put_on: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a picture beside the double goes wrong, or is not guided. The same is tried beside the real ones."""
+    taken = MECHANISMS[STANDS_FOR[put_on.__name__].needs]
+    owner = getattr(import_module(taken.module), taken.owner)
+    fields: dict[str, Any] = {"batch_size": 2}
+    if put_on is counter:
+        fields["negative_prompt"] = "blurry and much longer than the prompt is"
+    plain, _ = small(host, {}, put_on=put_on, unet=unet, **fields)
+    monkeypatch.setattr(owner, taken.method, taken.replacement)
+    tiny = [{"pag_scale": 1e-9}, {"sag_scale": 1e-9, "sag_threshold": 0}]
+    made = [small(host, settings, put_on=put_on, unet=unet, **fields) for settings in (*SETTINGS, *tiny)]
+    assert any("not applied" in text or not torch.allclose(picture, plain, atol=0.02) for picture, text in made)
+
+
 def test_a_call_that_cannot_be_made_once_more(host: Host, unet: nn.Module) -> None:
     """The picture is the unguided one and says so."""
     beyond_reach = torch.zeros(1)
@@ -204,6 +232,7 @@ def test_cached_steps(host: Host, unet: nn.Module, settings: dict[str, Any]) -> 
     done = host.processing.process_images(host.processing_for(settings, steps=4))
     assert "applied in 2 of 4 steps" in done.infotexts[0]
     assert "beside test_unnoticed: the self-attention of middle.0 did not run in every step" in done.infotexts[0]
+    assert STANDS_FOR["cached steps"].says in done.infotexts[0]
 
 
 class MultiDiffusion:
@@ -247,6 +276,7 @@ def test_tiles_of_tiled_diffusion(host: Host, settings: dict[str, Any], lowvram:
     for at_once in (1, 3, 4):
         tiled(host, at_once=at_once)
         pictures[at_once] = host.generate(settings)[0]
+    assert lowvram or str(host.calls[-1]) == STANDS_FOR["tiles"].calls
     plain = host.generate({})[0]
     torch.testing.assert_close(pictures[4], pictures[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pictures[3], pictures[1], rtol=1e-4, atol=1e-4)

@@ -116,8 +116,14 @@ def test_rescale_is_heard(host: Host, mode: str, sampler: str) -> None:
     ({"pag_scale": 3, "pag_every": 2, "pag_start": 0.4}, [2, 2, 3, 2, 3]),
 ])
 def test_every_nth_step(host: Host, sampler: str, settings: dict[str, Any], rows: list[int]) -> None:
-    """Counted by the denoiser's own steps from the first one on."""
+    """Counted by the sampler's own steps from the first one on."""
     assert host.rows(lambda: host.generate(settings, steps=5, sampler_name=sampler)) == rows
+
+
+def test_all_calls_of_a_step_are_guided_or_none(host: Host) -> None:
+    """What a second-order sampler predicts last is its step: the first prediction alone would hardly count."""
+    made = host.rows(lambda: host.generate({"pag_scale": 3, "pag_every": 2}, steps=5, sampler_name="DPM2"))
+    assert made == [3, 3, 2, 2, 3, 3, 2, 2, 3]
 
 
 def test_every_nth_step_of_each_pass(host: Host) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "webui"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 from installations import Installation, NoWebUIError
 

@@ -8,29 +8,34 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILE, PAGE = DOCS / "neighbours.csv", DOCS / "neighbours.md"
-FIELDS = ("neighbour", "commit", "off", "pag", "pag_null", "pag_tiny", "sag", "sag_null", "sag_tiny")
-HEADS = (
-    "Beside", "commit", "rows a step", "with PAG", "PAG null", "PAG tiny", "with SAG", "SAG null", "SAG tiny",
-)
+COLUMNS = {
+    "neighbour": "Beside", "commit": "commit", "off": "rows a step", "pag": "with PAG", "pag_cost": "PAG cost",
+    "pag_null": "PAG null", "pag_tiny": "PAG tiny", "sag": "with SAG", "sag_cost": "SAG cost", "sag_null": "SAG null",
+    "sag_tiny": "SAG tiny", "together": "together",
+}
+"""The fields of the CSV and the table's heads."""
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """The rows in Markdown."""
-    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
-    lines += ["| " + " | ".join(row[name] for name in FIELDS) + " |" for row in rows]
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row.get(name) or "" for name in COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def write_table(made: Sequence[dict[str, str]]) -> None:
-    """Puts new rows into the CSV in place of older ones of the same neighbours, and the table into the page."""
+def write_table(made: Sequence[dict[str, str]], order: Sequence[str] = ()) -> None:
+    """Puts new rows into the CSV in place of older ones of the same neighbours, and the table into the page. Neighbours
+    that ``order`` names come first, in that order.
+    """
     rows: dict[str, dict[str, str]] = {}
     if FILE.exists():
         with FILE.open(encoding="utf-8", newline="") as file:
             rows = {row["neighbour"]: row for row in csv.DictReader(file)}
     rows |= {row["neighbour"]: dict(row) for row in made}
+    rows = {name: rows[name] for name in dict.fromkeys((*order, *rows)) if name in rows}
     with FILE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
     text = PAGE.read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """Every row of the table: null, tiny, off again, the picture's text, refusals. Writes ``docs/neighbours.csv``.
 
 Where the map has one token identity attention is attention and an empty mask is none: guidance must do nothing there.
-At a scale near 0 the picture must be the unguided one: what differs, our calls have done to the host's.
+At a scale near 0 the picture must be the unguided one: what differs, our calls have done to the host's. A picture in a
+batch must be the one that it is alone, as far as it is without guidance. What guidance costs is counted.
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ import contextlib
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from beside import Beside, difference
+from client import Generation
+from fitted import fitted, write_lora
 from installations import Installation
 from neighbour_cases import CASES, COMMITS, CONTROLNET, Case
-from neighbours_table import FIELDS, FILE, write_table
+from neighbours_table import FILE, write_table
 from server import REPOSITORY, Server, ensure_checkpoints, running_server
+from stands_for import STANDS_FOR, Stand
 
-TITLE = "Self-Attention & Perturbed-Attention Guidance"
 NULL = {"pag": {"pag_enabled": True, "pag_scale": 20}, "sag": {"sag_enabled": True, "sag_scale": 5, "sag_threshold": 3}}
 TINY = {
     "pag": {"pag_enabled": True, "pag_scale": 1e-6},
     "sag": {"sag_enabled": True, "sag_scale": 1e-6, "sag_threshold": 0},
 }
+GUIDED = {"pag_enabled": True, "pag_scale": 3, "sag_enabled": True, "sag_scale": 0.75}
 LEVEL = 1
 """Of 255, by which a picture may differ."""
 
@@ -45,9 +48,10 @@ def server_with(
             stack.close()
             running.clear()
             extensions = {"sag-pag": REPOSITORY, "probe": REPOSITORY / "tests/webui/probe"}
-            if folder:
-                extensions[folder] = neighbours_folder / folder
             data = tmp_path_factory.mktemp("neighbour")
+            if folder:
+                extensions[folder] = fitted(neighbours_folder / folder, data / "fitted")
+            write_lora(data / "models/Lora")
             (data / "ui-config.json").write_text("{}", encoding="utf-8")  # NegPiP reads it when it is loaded
             arguments = ["--controlnet-dir", f"{neighbours_folder}-tiny"] if folder == CONTROLNET else []
             running[folder] = stack.enter_context(running_server(
@@ -60,66 +64,95 @@ def server_with(
         yield start
 
 
-@pytest.fixture(scope="session")
-def rows() -> Iterator[list[dict[str, str]]]:
-    """The table's rows; rows of cases that did not run stay as they are."""
-    made: list[dict[str, str]] = []
-    yield made
-    if made:
-        write_table(made)
-
-
-def _named(case: Case, server: Server) -> dict[str, Any]:
-    """The case's arguments with the models' whole names."""
-    scripts = {name: {"args": list(value["args"])} for name, value in case.scripts.items()}
-    for unit in scripts.get("controlnet", {}).get("args", []):
-        models = server.client.call("/controlnet/model_list")["model_list"]
-        unit["model"] = next((model for model in models if model.startswith(unit["model"])), "None")
-    return scripts
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_beside(case: Case, server_with: Start, rows: list[dict[str, str]]) -> None:
+def test_beside(case: Case, server_with: Start) -> None:
     server = server_with(case.folder)
-    scripts = _named(case, server)
-
-    def made(settings: dict[str, Any] | None, *, expect: int = 200) -> Any:
-        own = {TITLE: {"args": [settings]}} if settings else {}
-        payload = {"width": 64, "height": 64, "alwayson_scripts": {**scripts, **own}, **case.payload}
-        return server.client.txt2img(expect=expect, **payload)
-
-    def difference(first: Any, second: Any) -> int:
-        pictures = [made.images[0].astype(int) for made in (first, second)]  # ControlNet adds its hint
-        return int(np.abs(pictures[0] - pictures[1]).max())
-
+    beside = Beside(case, server)
+    elsewhere = None if case.scripts else beside.made()
     with server.client.options(**case.options):
-        made(None)  # a neighbour's first picture may differ by itself
-        off = made(None)
-        calls = server.client.call("/probe/state")["calls"]
-        row = {"neighbour": case.name, "commit": COMMITS.get(case.folder, ""), "off": _each(calls, off)}
-        for feature in ("pag", "sag"):
+        stands = [stand for stand in STANDS_FOR.values() if case.name in stand.rows]
+        beside.made()  # a neighbour's first picture may differ by itself
+        off = beside.made()
+        row = {"neighbour": case.name, "commit": COMMITS.get(case.folder, ""), "off": beside.rows()}
+        assert not case.acts or difference(off, elsewhere or beside.made(idle=True)) > 0
+        plain = beside.operations()
+        for feature, most in zip(("pag", "sag"), case.most, strict=True):
             if feature == case.refused:
-                refused = made(TINY[feature], expect=422)
-                assert refused.body["body"]["neighbour"]
-                row |= {f"{feature}_null": "refused", f"{feature}_tiny": "refused", feature: "refused"}
+                _refused(feature, beside)
+                row |= dict.fromkeys((feature, f"{feature}_null", f"{feature}_tiny", f"{feature}_cost"), "refused")
                 continue
-            null, tiny = made(NULL[feature]), made(TINY[feature])
-            row[feature] = _each(server.client.call("/probe/state")["calls"], tiny)
-            row[f"{feature}_null"] = str(difference(null, off)) if case.null else "–"
+            null, tiny = beside.made(NULL[feature]), beside.made(TINY[feature])
+            row[feature] = beside.rows()
+            row[f"{feature}_null"] = str(difference(null, off)) if feature in case.null else "–"
             row[f"{feature}_tiny"] = str(difference(tiny, off))
+            cost = beside.operations(TINY[feature]) / plain
+            row[f"{feature}_cost"] = f"{cost:.2f}"
             assert f"{feature.upper()}: True" in tiny.infotext
             assert ("SAG/PAG note" in tiny.infotext) == case.noted
-            assert not case.null or difference(null, off) <= LEVEL
+            assert feature not in case.null or difference(null, off) <= LEVEL
             assert difference(tiny, off) <= LEVEL
-        assert difference(made(None), off) == 0
-    rows.append({**dict.fromkeys(FIELDS, ""), **row})
+            assert cost <= most
+        assert difference(beside.made(), off) == 0
+        row["together"] = _together(beside) if case.together else "–"
+        for stand in stands:
+            _is_like_its_double(stand, beside, off, row)
+    write_table([row], [case.name for case in CASES])
 
 
-def _each(calls: list[int], generation: Any) -> str:
-    """The rows of the U-Net calls of one step, in the middle of the run, as far as steps can be told apart."""
-    steps = int(generation.info["infotexts"][0].split("Steps: ")[1].split(",")[0])
-    per = len(calls) // steps
-    return "+".join(map(str, calls[-per:])) if per else ""
+def _refused(feature: str, beside: Beside) -> None:
+    """The answer names the neighbour and the way out; for the log it is no failure."""
+    before = beside.server.log_mark()
+    refused = beside.made(TINY[feature], expect=422)
+    assert refused.body["body"]["neighbour"] in refused.body["detail"]
+    assert "switch" in refused.body["detail"]
+    assert "Traceback" not in beside.server.log(before)
+
+
+def _is_like_its_double(stand: Stand, beside: Beside, off: Generation, row: dict[str, str]) -> None:
+    """What is taken to be so of a double is so of the real extension."""
+    assert row["pag"] == (stand.calls or row["pag"])
+    assert stand.says in beside.made(TINY["pag"]).infotext
+    if stand.needs:
+        beside.server.client.call(f"/probe/without/{stand.needs}/1", {})
+        try:
+            made = [beside.made(settings) for settings in (*NULL.values(), *TINY.values())]
+        finally:
+            beside.server.client.call(f"/probe/without/{stand.needs}/0", {})
+        assert any("not applied" in one.infotext or difference(one, off) > LEVEL for one in made)
+
+
+def _together(beside: Beside) -> str:
+    """How far pictures of a batch are from those made alone, without guidance and with it."""
+    guidance = {name: setting for name, setting in GUIDED.items() if not name.startswith(beside.case.refused or "-")}
+    without, guided = beside.apart_and_together(), beside.apart_and_together(guidance)
+    assert guided <= without + LEVEL
+    return f"{without}, {guided}"
+
+
+def _controlnet(server_with: Start, name: str) -> Beside:
+    case = next(case for case in CASES if case.name == name)
+    return Beside(case, server_with(CONTROLNET))
+
+
+def test_what_a_reference_picture_leaves_in_the_model_costs_nothing(server_with: Start) -> None:
+    beside = _controlnet(server_with, "ControlNet, reference_only")
+    off = beside.made(idle=True)
+    beside.made()
+    assert difference(beside.made(TINY["pag"], idle=True), off) <= LEVEL
+    assert beside.rows() == "3"
+
+
+def test_beside_controlnet_pag_adds_what_it_adds_alone(server_with: Start) -> None:
+    """Nothing of ControlNet's, nor what runs before the first perturbed attention, runs again for it."""
+    beside = _controlnet(server_with, "ControlNet")
+    added = [
+        beside.operations(TINY["pag"], idle=idle) - beside.operations(idle=idle) for idle in (True, False)
+    ]
+    assert added[1] == pytest.approx(added[0], rel=0.01)
+
+
+def test_every_double_stands_for_rows_of_the_table() -> None:
+    assert {row for stand in STANDS_FOR.values() for row in stand.rows} <= {case.name for case in CASES}
 
 
 def test_the_table_is_that_of_the_results() -> None:

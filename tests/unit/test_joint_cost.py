@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sag_pag.engine.spaces import SigmaSpace
 from sag_pag.engine.step import GuidedStep
 from sag_pag.engine.topology import topology_of
 from sag_pag.settings import Settings
+from sag_pag.webui.blockmap import block_map
 
 MEDIUM = Shape(depth=24, head=64, context=4096, pooled=2048, grid=192, sinusoids=256)
 SMALL = Shape(depth=6, head=8)
@@ -106,3 +108,12 @@ def test_a_picture_without_sag() -> None:
     pag, both = Settings(pag_enabled=True), Settings(pag_enabled=True, sag_enabled=True)
     assert picture_cost(both, passes) == picture_cost(pag, passes)
     assert picture_cost(pag, passes).picture > 1.2
+
+
+def test_the_map_fits_a_narrow_window() -> None:
+    """Lines of twelve blocks, no two in one place."""
+    drawn = block_map(cost(MEDIUM, (128, 128)), "joint.13", many=True)
+    places = re.findall(r"--narrow-column: (\d+); --narrow-level: (\d+)", drawn)
+    assert len(places) == len(set(places)) == 24
+    assert {int(column) for column, _ in places} == set(range(2, 14))
+    assert "--narrow-columns: 12" in drawn

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sag_pag.engine.joint import NO_SAG
 from sag_pag.settings import BLOCKS_OF, PARAMETERS, SettingError
 from sag_pag.webui import texts
 from sag_pag.webui.presets import BUILT_IN
@@ -38,6 +39,7 @@ def on_the_page() -> Iterator[str]:
         if name.isupper() and isinstance(value, (str, dict)):
             shown = [value] if isinstance(value, str) else value.values()
             yield from (part for text in shown if text not in texts.UNTRANSLATED for part in texts.parts(text) if part)
+    yield NO_SAG
     for name in BLOCKS_OF.values():
         yield SettingError(name, "", "").for_people
 

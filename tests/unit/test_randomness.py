@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +56,13 @@ def test_every_device_goes_back(monkeypatch: pytest.MonkeyPatch, name: str) -> N
     first = devices[name].draw()
     state.restore()
     assert devices[name].draw() == first
+
+
+def test_pythons_and_numpys_own_generators() -> None:
+    state = RandomState()
+    first = random.random(), np.random.rand()
+    state.restore()
+    assert (random.random(), np.random.rand()) == first
 
 
 def test_older_torch_without_xpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,12 @@ def installation(request: pytest.FixtureRequest) -> Installation:
         pytest.skip(str(reason))
 
 
+@pytest.fixture
+def host(installation: Installation) -> str:
+    """Which WebUI it is."""
+    return installation.name
+
+
 @pytest.fixture(scope="session")
 def checkpoints() -> Path:
     """The folder with the tiny checkpoints."""

@@ -13,6 +13,8 @@ COMMON = (
     "--disable-console-progressbars",
 )  # fmt: skip
 NO_DOWNLOADS = ("--do-not-download-clip", "--no-download-sd-model")
+SERVES_ITSELF = ("--gradio-allowed-path", "{folder}")
+"""With gradio 4 a WebUI whose data are elsewhere gives its own scripts to no page."""
 A1111 = "a1111"
 
 
@@ -22,7 +24,9 @@ class NoWebUIError(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """One kind of WebUI. ``options`` go into its first ``config.json``, ``arguments`` onto its command line."""
+    """One kind of WebUI. ``options`` go into its first ``config.json``, ``arguments`` onto its command line, with the
+    WebUI's own folder in place of ``{folder}``.
+    """
 
     variable: str
     arguments: tuple[str, ...]
@@ -39,10 +43,10 @@ HOSTS: Mapping[str, Host] = {
     A1111: Host(
         "WEBUI_DIR", ("--no-half", "--use-cpu", "all", *NO_DOWNLOADS), loads_at_start=True,
     ),
-    "forge": Host("FORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS)),
+    "forge": Host("FORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS, *SERVES_ITSELF)),
     "reforge": Host("REFORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS)),
     # it waits for a key where its config.json does not hold this
-    "neo": Host("NEO_DIR", ("--cpu", "--force-fp32"), {"VERSION_UID": "PY313"}),
+    "neo": Host("NEO_DIR", ("--cpu", "--force-fp32", *SERVES_ITSELF), {"VERSION_UID": "PY313"}),
 }
 """A fork must be a copy whose own tables and configurations say that models are as small as the tests' checkpoints."""
 
@@ -64,6 +68,11 @@ class Installation:
     def host(self) -> Host:
         """What kind it is."""
         return HOSTS[self.name]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What its command line needs."""
+        return [argument.format(folder=self.folder) for argument in self.host.arguments]
 
     @classmethod
     def find(cls, name: str = A1111) -> Installation:

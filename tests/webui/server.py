@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -84,11 +85,12 @@ def ensure_checkpoints(installation: Installation) -> Path:
 
 
 def free_port() -> int:
-    """A port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on; the system gives those from 32768 on to others before a server has started."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +177,7 @@ def running_server(
     log_file = data_folder / "server.log"
     port = free_port()
     command: list[str | Path] = [
-        installation.python, "launch.py", *COMMON, *installation.host.arguments, "--port", str(port),
+        installation.python, "launch.py", *COMMON, *installation.arguments, "--port", str(port),
         "--data-dir", data_folder, "--ckpt-dir", checkpoints, "--ckpt", checkpoints / "sd1.safetensors", *arguments,
     ]  # fmt: skip
     with log_file.open("wb") as log:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,16 @@ def test_beside_the_forks_own(client: Client, installation: Any) -> None:
         assert largest(client.txt2img(alwayson_scripts=scripts).image, whole) <= 1
 
 
+@contextlib.contextmanager
+def sharing_nothing(client: Client) -> Iterator[None]:
+    """Extra rows run through the whole U-Net."""
+    client.call("/probe/plain_rows/1", {})
+    try:
+        yield
+    finally:
+        client.call("/probe/plain_rows/0", {})
+
+
 @pytest.mark.parametrize("checkpoint", ["sd1", "sdxl"])
 @pytest.mark.parametrize("blocks", ["middle", "output.3-5"])
 def test_the_shared_prefix_gives_the_same_picture(
@@ -71,11 +83,8 @@ def test_the_shared_prefix_gives_the_same_picture(
     load_known(client, checkpoint, installation.name)
     settings = BOTH if blocks == "middle" else {"pag_scale": 3.0}  # SAG reads in what else is shared
     shared = client.txt2img(**guided(**settings, pag_blocks=blocks)).image
-    client.call("/probe/plain_rows/1", {})
-    try:
+    with sharing_nothing(client):
         plain = client.txt2img(**guided(**settings, pag_blocks=blocks)).image
-    finally:
-        client.call("/probe/plain_rows/0", {})
     assert largest(shared, plain) <= 1
 
 
@@ -116,9 +125,6 @@ def test_beside_freeu(title: str, client: Client) -> None:
     off = client.txt2img(alwayson_scripts=freeu).image
     on = client.txt2img(alwayson_scripts={**freeu, **guided(**BOTH)["alwayson_scripts"]}).image
     assert difference(on, off) > 0.5
-    client.call("/probe/plain_rows/1", {})
-    try:
+    with sharing_nothing(client):
         plain = client.txt2img(alwayson_scripts={**freeu, **guided(**BOTH)["alwayson_scripts"]}).image
-    finally:
-        client.call("/probe/plain_rows/0", {})
     assert largest(on, plain) <= 1

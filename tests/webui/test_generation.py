@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from client import DEFAULTS, Client, Picture
-from installations import A1111, Installation
+from installations import A1111
 from server import Server
 
 TITLE = "self-attention & perturbed-attention guidance"
@@ -23,16 +23,21 @@ SAMPLERS = (
     "LCM",
 )  # fmt: skip
 """Those of AUTOMATIC1111's WebUI."""
-HIRES = {
-    "enable_hr": True, "hr_upscaler": "Latent", "denoising_strength": 0.7,
-    "hr_cfg": 5.0, "hr_additional_modules": [],  # of forks: without, they have a CFG scale of 1, or answer 500
-}
 NOISE = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 
 
 def guided(**settings: Any) -> dict[str, Any]:
     """The request's part that switches guidance on."""
     return {"alwayson_scripts": {TITLE: {"args": [settings]}}}
+
+
+def hires(host: str, scale: float) -> dict[str, Any]:
+    """The request's part that switches hires. fix on."""
+    return {
+        "enable_hr": True, "hr_scale": scale, "denoising_strength": 0.7,
+        "hr_upscaler": "None" if host == "neo" else "Latent",  # that one has no other without a download
+        "hr_cfg": 5.0, "hr_additional_modules": [],  # of forks: without, they have a CFG scale of 1, or answer 500
+    }
 
 
 def difference(a: Picture, b: Picture) -> float:
@@ -70,12 +75,6 @@ def short_of_memory(client: Client, host: str) -> Iterator[None]:
 def has_sampler(client: Client, name: str) -> bool:
     """Whether the WebUI has this sampler; each has some of its own."""
     return name in {sampler["name"] for sampler in client.call("/sdapi/v1/samplers")}
-
-
-@pytest.fixture
-def host(installation: Installation) -> str:
-    """Which WebUI it is."""
-    return installation.name
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +263,8 @@ def test_instruct_pix2pix(client: Client) -> None:
 
 
 def test_hires_passes_and_their_own_scales(client: Client, host: str) -> None:
-    request = {**HIRES, "hr_scale": 1.5, **({"hr_upscaler": "Lanczos"} if host == "neo" else {})}  # it knows no Latent
+    request = hires(host, 1.5)
+
     def rows(**settings: Any) -> tuple[list[int], list[int]]:
         client.txt2img(**request, **guided(pag_scale=3.0, **settings))
         calls = state(client)["calls"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from client import DEFAULTS, Client
-from test_generation import BOTH, HIRES, TITLE, guided, state
+from test_generation import BOTH, TITLE, guided, hires, state
 
 from sag_pag.settings import PARAMETERS
 
@@ -84,22 +84,30 @@ def test_infotext_comes_back_exactly(client: Client) -> None:
     assert "PAG" not in off
 
 
-def axis(client: Client, label: str) -> int:
-    """The axis' number in the X/Y/Z plot of txt2img."""
-    for info in client.call("/sdapi/v1/script-info"):
-        if info["name"] == "x/y/z plot" and not info["is_img2img"]:
-            labels: list[str] = info["args"][0]["choices"]
-            assert labels.count(label) == 1
-            return labels.index(label)
-    raise AssertionError("no X/Y/Z plot")
+def controls_of(client: Client, script: str, *, img2img: bool = False) -> list[dict[str, Any]]:
+    """The controls of a script that is chosen; each WebUI has some of its own."""
+    (controls,) = [
+        info["args"] for info in client.call("/sdapi/v1/script-info")
+        if info["name"] == script and info["is_img2img"] is img2img
+    ]
+    return list(controls)
+
+
+def values_of(controls: list[dict[str, Any]], chosen: dict[str, Any]) -> list[Any]:
+    """What is chosen by label, in small letters, and the controls' own values for all others."""
+    return [chosen.get(str(control["label"]).lower(), control["value"]) for control in controls]
 
 
 def plot(client: Client, x: tuple[str, str], y: tuple[str, str] = ("Nothing", "")) -> dict[str, Any]:
-    """A request for a grid with the cells' pictures."""
-    return DEFAULTS | {"script_name": "x/y/z plot", "script_args": [
-        axis(client, x[0]), x[1], "", axis(client, y[0]), y[1], "", 0, "", "", False, True, False, False, False, False,
-        False, 0, True,
-    ]}  # fmt: skip
+    """A request for a grid with the cells' pictures; an axis is its label and its values."""
+    controls = controls_of(client, "x/y/z plot")
+    labels: list[str] = controls[0]["choices"]
+    assert labels.count(x[0]) == labels.count(y[0]) == 1
+    axes = [labels.index(x[0]), x[1], "", labels.index(y[0]), y[1], "", 0, "", ""]
+    chosen = {"draw legend": False, "include sub images": True, "use text inputs instead of dropdowns": True}
+    return DEFAULTS | {
+        "script_name": "x/y/z plot", "script_args": [*axes, *values_of(controls[len(axes):], chosen)],
+    }
 
 
 def test_axes_switch_features_on(client: Client) -> None:
@@ -137,10 +145,7 @@ def test_shared_axes(label: str, values: str, client: Client) -> None:
 
 
 def test_every_parameter_has_one_axis(client: Client) -> None:
-    (labels,) = [
-        info["args"][0]["choices"] for info in client.call("/sdapi/v1/script-info")
-        if info["name"] == "x/y/z plot" and not info["is_img2img"]
-    ]
+    labels = controls_of(client, "x/y/z plot")[0]["choices"]
     ours = [label for label in labels if label.startswith(("[SAG]", "[PAG]", "[SAG/PAG]"))]
     assert len(ours) == len(set(ours)) == len(PARAMETERS)
 
@@ -159,12 +164,10 @@ def test_a_bad_value_is_refused_before_the_first_picture(label: str, values: str
     assert state(client)["calls"] == before
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"batch_size": 2, "n_iter": 2}, {**HIRES, "hr_scale": 2}],
-    ids=str,
-)
-def test_what_sag_sees(client: Client, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("more", [{}, {"batch_size": 2, "n_iter": 2}, {"enable_hr": True}], ids=str)
+def test_what_sag_sees(client: Client, host: str, more: dict[str, Any]) -> None:
     """One more picture for each, in the gallery's order at the end; no other picture changes."""
+    more = more | (hires(host, 2) if "enable_hr" in more else {})
     without = client.txt2img(**guided(sag_scale=1), **more)
     shown = client.txt2img(**guided(sag_scale=1, sag_show=True), **more)
     count = len(without.images)
@@ -185,9 +188,11 @@ def test_what_sag_sees_leaves_tiles_alone(client: Client) -> None:
     client.load_checkpoint("sd1")
     picture = np.linspace(0, 255, 192 * 192 * 3).reshape(192, 192, 3).astype(np.uint8)
     request = {
-        "init_images": [picture], "denoising_strength": 0.5, "script_name": "sd upscale",
-        "script_args": ["", 32, "None", 2],
-    }  # fmt: skip
+        "init_images": [picture], "denoising_strength": 0.5, "script_name": "sd upscale", "script_args": values_of(
+            controls_of(client, "sd upscale", img2img=True),
+            {"tile overlap": 32, "upscaler": "None", "scale factor": 2},
+        ),
+    }
     without = client.img2img(**request, **guided(sag_scale=1))
     shown = client.img2img(**request, **guided(sag_scale=1, sag_show=True))
     assert len(shown.images) == len(without.images) == 1

@@ -35,7 +35,7 @@ def head(page: Any, tab: str = "txt2img") -> str:
 
 def prices(page: Any) -> tuple[str, str]:
     """Of a guided step and of the picture, as the head says them."""
-    step, picture = re.findall(r"≈ (\d\.\d\d)×", head(page))
+    picture, step = re.findall(r"≈ (\d\.\d\d)×", head(page))
     return step, picture
 
 

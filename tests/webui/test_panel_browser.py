@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,9 +14,19 @@ from browser import element, load, open_fold, open_panel, opened_page, screensho
 from client import Client
 from server import Server
 
+from sag_pag.webui import texts
+
 TAB = "txt2img"
 WAIT = 1200  # milliseconds in which the server has answered
-WIDTHS = (400, 700, 1400, 1920)
+SEEN = """(part) => {
+    const part_box = part.getBoundingClientRect(), line = part.closest(".sag-pag-prices").getBoundingClientRect();
+    if (part_box.top >= line.bottom - 1) return false;
+    const ends = [part_box.left + 2, part_box.right - 2].map((x) => document.elementFromPoint(x, part_box.top + 8));
+    if (ends.some((at) => !part.contains(at))) throw new Error(`cut: ${part.textContent}`);
+    return true;
+}"""
+"""Whether a part of the costs is there; an error where it is so only by half."""
+WIDTHS = (400, 700, 1000, 1400, 1920)
 
 
 def set_number(page: Any, name: str, value: str) -> None:
@@ -63,6 +74,18 @@ def test_what_belongs_to_one_perturbation_is_there_for_it_alone(page: Any, clien
         page.wait_for_timeout(WAIT)
         for other in ("pag_query_blur", "pag_swap"):
             assert page.locator(element(TAB, other)).is_visible() is (other == name), (label, other)
+
+
+def test_the_fields_own_terms_are_in_tooltips(page: Any, client: Client) -> None:
+    """A beginner's words on the page; the word that pictures and programs know where one points."""
+    client.load_checkpoint("sd1")
+    open_panel(page, TAB, "pag", "sag")
+    open_fold(page, TAB, "both")
+    words = {"at each place the stronger of both": "snf", "blurred attention (SEG)": "blurred queries"}
+    for label, term in words.items():
+        assert page.locator(f"{element(TAB, 'panel')} label", has_text=label).first.get_attribute("title") == term
+    page.locator(element(TAB, "sag_blur_sigma")).hover()
+    assert page.locator(element(TAB, "sag_blur_sigma")).get_attribute("title") == texts.TERMS["sag_blur_sigma"]
 
 
 def test_everything_by_keyboard(page: Any, client: Client) -> None:
@@ -185,9 +208,26 @@ def test_everything_fits(browser: Any, webui: Server, client: Client, width: int
         assert len(set(lefts)) == 1, lefts
         title = head(page).locator("span").first.bounding_box()
         said = page.locator(f"{element(TAB, 'panel')} .sag-pag-head").bounding_box()
-        if width >= 700:  # one line, at one height
+        if inside["width"] > 600:  # beside the title, at its height
             assert abs((title["y"] + title["height"] / 2) - (said["y"] + said["height"] / 2)) < 3
-            assert said["height"] < 30
+        set_number(page, "pag_start", "0.3")  # so that a guided step and the picture cost differently
+        page.wait_for_timeout(WAIT)
+        head(page).scroll_into_view_if_needed()
+        found = head(page).locator(".sag-pag-price > *").all()
+        parts = [(plain(part.inner_text()), part.evaluate(SEEN)) for part in found]
+        assert [re.sub(r"[\d.]+", "1", text) for text, _ in parts] == [
+            "≈ 1×", "for this picture", "≈ 1×", "per guided step",
+        ]
+        seen = "".join("#" if whole else "-" for _, whole in parts)
+        assert seen in ("#---", "##--", "####"), seen  # shortened, never wrapped or cut
+        assert seen == "####" or inside["width"] < 700
+        text_field(page, TAB, "pag_blocks").fill("input.4, input.5, middle, output.3-5")
+        page.locator(f"{element(TAB, 'pag_fade')} input").check()
+        page.wait_for_timeout(WAIT)
+        open_fold(page, TAB, "pag")
+        aside = head(page, "pag_more").locator(".sag-pag-aside")
+        assert aside.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight + 1")
+        assert plain(aside.inner_text()).endswith("Fade to the end ✓")
         screenshot(panel, f"panel-{width}")
 
 

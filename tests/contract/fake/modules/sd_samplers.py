@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -184,11 +185,13 @@ class CFGDenoiserTimesteps(CFGDenoiser):
 
 
 class Sampler:
-    """One of ``Euler``, ``DDIM``, ``DDIM CFG++``."""
+    """One of ``Euler``, ``DPM2``, ``DDIM``, ``DDIM CFG++``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.model_wrap_cfg = CFGDenoiserKDiffusion(self) if name == "Euler" else CFGDenoiserTimesteps(self)
+        self.config = SimpleNamespace(options={"second_order": True} if name == "DPM2" else {})
+        self.has_sigmas = name in ("Euler", "DPM2")
+        self.model_wrap_cfg = CFGDenoiserKDiffusion(self) if self.has_sigmas else CFGDenoiserTimesteps(self)
         self.sampler_extra_args: dict[str, Any] = {}
 
     def sample(self, p: Any, noise: Tensor, *, steps: int, callback: Callable[[int], None]) -> Tensor:
@@ -206,7 +209,7 @@ class Sampler:
         self.last_latent = noise
         timesteps = torch.linspace(980, 20, steps).round()
         alphas = shared.sd_model.alphas_cumprod[timesteps.long()]
-        integrate = self._euler if self.name == "Euler" else self._ddim
+        integrate = self._euler if self.has_sigmas else self._ddim
         try:
             return integrate(noise, timesteps, alphas, callback)
         except InterruptedException:
@@ -217,7 +220,13 @@ class Sampler:
         x = noise * sigmas[0]
         for i in range(len(alphas)):
             x0 = self.model_wrap_cfg(x, sigmas[i].repeat(len(x)), **self.sampler_extra_args)
-            x = x0 + (x - x0) * sigmas[i + 1] / sigmas[i]
+            if self.name == "DPM2" and sigmas[i + 1] > 0:  # the step is what is predicted in its middle
+                between = (sigmas[i] * sigmas[i + 1]).sqrt()
+                middle = x0 + (x - x0) * between / sigmas[i]
+                x0 = self.model_wrap_cfg(middle, between.repeat(len(x)), **self.sampler_extra_args)
+                x = x + (middle - x0) / between * (sigmas[i + 1] - sigmas[i])
+            else:
+                x = x0 + (x - x0) * sigmas[i + 1] / sigmas[i]
             self.last_latent = x
             callback(i)
         return x

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from mechanisms import MECHANISMS
 from modules import script_callbacks, scripts, sd_unet, shared
 from torch.utils.flop_counter import FlopCounterMode
 
 STATE: dict[str, Any] = {
-    "calls": [], "raise_at": None, "hook": None, "counted": None, "counter": None, "replaced": {},
+    "calls": [], "control_calls": [], "times": [], "raise_at": None, "hooks": [], "control_hooks": [], "counted": None,
+    "counter": None, "replaced": {},
 }
 
 
@@ -32,19 +34,23 @@ def _linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> i
     return 2 * math.prod(x) * int(weight[0])
 
 
-def _before_unet(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_model(calls: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Notes the rows of a call of the U-Net, or of one that controls it, and begins to count."""
     x = args[0] if args else kwargs["x"]
-    STATE["calls"].append(int(x.shape[0]))
+    STATE[calls].append(int(x.shape[0]))
+    if calls == "calls":
+        times = args[1] if len(args) > 1 else kwargs.get("timesteps")
+        STATE["times"].append(None if times is None else float(times.flatten()[0]))
     if STATE["counted"] is not None:
         STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
         STATE["counter"].__enter__()
 
 
-def _after_unet(*_: Any) -> None:
+def _after_model(*_: Any) -> None:
     if STATE["counter"] is not None:
         counter, STATE["counter"] = STATE["counter"], None
         counter.__exit__(None, None, None)
-        STATE["counted"] += counter.get_total_flops()
+        STATE["counted"].append(counter.get_total_flops())
 
 
 def _middle() -> Any:
@@ -57,12 +63,16 @@ def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
         raise RuntimeError("raised by the probe inside the U-Net")
 
 
+_before_unet, _before_control = partial(_before_model, "calls"), partial(_before_model, "control_calls")
 # Another extension's hooks may be part of the computation: these pass for torch's own, and are known to be none.
-_before_unet.__module__ = _after_unet.__module__ = _before_middle.__module__ = "torch"
+for _hook in (_before_unet, _before_control, _after_model, _before_middle):
+    _hook.__module__ = "torch"
 
 
 class Probe(scripts.Script):
     """Counts the rows of every U-Net call; with ``raise_at`` set, raises in the middle of that call."""
+
+    sorting_priority = 1000  # after ControlNet, in forks
 
     def title(self) -> str:
         return "Probe"
@@ -73,19 +83,32 @@ class Probe(scripts.Script):
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         remove_hooks()
         STATE["calls"].clear()
+        STATE["control_calls"].clear()
+        STATE["times"].clear()
         unet = _unet()
-        STATE["hook"] = (
+        STATE["hooks"] += [
             unet.register_forward_pre_hook(_before_unet, with_kwargs=True),
-            unet.register_forward_hook(_after_unet),
+            unet.register_forward_hook(_after_model),
             _middle().register_forward_pre_hook(_before_middle),
-        )
+        ]
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(shared.sd_model, "forge_objects"):
+            return
+        remove_hooks("control_hooks")  # a hires pass has its own
+        for unit in _patcher().list_controlnets():
+            model = getattr(unit, "control_model", None) or getattr(unit, "t2i_model", None)
+            STATE["control_hooks"] += [
+                model.register_forward_pre_hook(_before_control, with_kwargs=True),
+                model.register_forward_hook(_after_model),
+            ]
 
 
-def remove_hooks() -> None:
+def remove_hooks(*kinds: str) -> None:
     """Takes the probe's own hooks off."""
-    for hook in STATE["hook"] or ():
-        hook.remove()
-    STATE["hook"] = None
+    for kind in kinds or ("hooks", "control_hooks"):
+        while STATE[kind]:
+            STATE[kind].pop().remove()
 
 
 def short_of_memory(on: int) -> dict[str, int]:
@@ -109,6 +132,14 @@ def plain_rows(on: int) -> dict[str, int]:
     return {"on": on}
 
 
+def without(mechanism: str, on: int) -> dict[str, int]:
+    """Takes away one of the things that keep the tested extension's own calls unnoticed, or gives it back."""
+    taken = MECHANISMS[mechanism]
+    owner = getattr(sys.modules.get(taken.module), taken.owner, None)
+    _replace(owner, taken.method, taken.replacement, on)
+    return {"on": on}
+
+
 def _replace(owner: Any, name: str, value: Any, on: int) -> None:
     """Replaces something, or gives it back; nothing where there is no such owner."""
     if owner is not None and on:
@@ -119,9 +150,11 @@ def _replace(owner: Any, name: str, value: Any, on: int) -> None:
 
 
 def count(on: int) -> dict[str, Any]:
-    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far."""
-    counted, STATE["counted"] = STATE["counted"], 0 if on else None
-    return {"counted": counted}
+    """Starts counting the U-Net's floating-point operations anew, or ends it; gives those counted so far, of all calls
+    and of each.
+    """
+    counted, STATE["counted"] = STATE["counted"] or [], [] if on else None
+    return {"counted": sum(counted), "each": counted}
 
 
 class OtherUnet(getattr(sd_unet, "SdUnet", object)):  # type: ignore[misc]
@@ -162,7 +195,8 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     def state() -> dict[str, Any]:
         remove_hooks()
         callbacks = {key: len(value) for key, value in script_callbacks.callback_map.items()}
-        return {"calls": list(STATE["calls"]), "leftovers": leftovers(), "callbacks": callbacks}
+        seen = {name: list(STATE[name]) for name in ("calls", "control_calls", "times")}
+        return {**seen, "leftovers": leftovers(), "callbacks": callbacks}
 
     def raise_at(call: int) -> dict[str, int]:
         STATE["raise_at"] = call
@@ -171,9 +205,31 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/state", state, methods=["GET"])
     for route in (short_of_memory, plain_rows, count):
         app.add_api_route(f"/probe/{route.__name__}/{{on}}", route, methods=["POST"])
+    app.add_api_route("/probe/without/{mechanism}/{on}", without, methods=["POST"])
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
 
+def _add_preprocessor() -> None:
+    """For IP-Adapter in a fork: gives two embeddings, and needs no model that makes them."""
+    try:
+        from modules_forge.shared import add_supported_preprocessor
+        from modules_forge.supported_preprocessor import Preprocessor
+    except ImportError:
+        return
+
+    class Embedding(Preprocessor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = "an embedding"
+
+        def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
+            embedding = torch.randn(1, 48, generator=torch.Generator().manual_seed(2))
+            return {"clip_vision": None, "image": None, "embeds": torch.stack([embedding, embedding * 0])}
+
+    add_supported_preprocessor(Embedding())
+
+
+_add_preprocessor()
 script_callbacks.on_app_started(_on_app_started)
 if hasattr(script_callbacks, "on_list_unets"):
     script_callbacks.on_list_unets(lambda options: options.append(OtherUnetOption()))
