@@ -296,8 +296,5 @@ class GuidedRun:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
         if 0 < self.steps_decided < self.steps_announced:
-            missed = self.steps_announced - self.steps_decided
-            self.record.note(
-                f"not applied in {missed} of {self.steps_announced} steps, in which another extension called the model "
-                "in its own way", self.p,
-            )
+            missed = f"{self.steps_announced - self.steps_decided} of {self.steps_announced} steps"
+            self.record.note(f"not applied in {missed}: another extension called the model in its own way", self.p)
