@@ -298,11 +298,8 @@ class GuidedRun:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
         if 0 < self.steps_decided < self.steps_announced:
-            missed = self.steps_announced - self.steps_decided
-            self.record.note(
-                f"not applied in {missed} of {self.steps_announced} steps, in which another extension called the model "
-                "in its own way", self.p,
-            )
+            missed = f"{self.steps_announced - self.steps_decided} of {self.steps_announced} steps"
+            self.record.note(f"not applied in {missed}: another extension called the model in its own way", self.p)
 
     def _never_due(self, feature: Switchable) -> str | None:
         """Why a feature that was to do something in this run did nothing; ``None`` if it was not to."""
