@@ -308,18 +308,19 @@
         if (preview) new MutationObserver(changed).observe(preview, {childList: true, subtree: true, characterData: true});
     }
 
-    // Forge and its kin load the checkpoint that is chosen when they make the next picture.
+    // Forge and its kin load the checkpoint that is chosen when they make the next picture: its map is there once the
+    // button that stops the work is gone.
     function followCheckpointOfForks() {
         const choice = gradioApp().querySelector(".model_selection input");
         let loaded = choice && choice.value;
-        const made = () => {
-            if (choice.value === loaded) return;
-            loaded = choice.value;
-            for (const panel of panels()) window.sagPagChanged(panel.id, true);
-        };
         for (const tab of choice ? ["txt2img", "img2img"] : []) {
-            const about = gradioApp().getElementById(`html_info_${tab}`);
-            if (about) new MutationObserver(made).observe(about, {childList: true, subtree: true, characterData: true});
+            const stop = gradioApp().getElementById(`${tab}_interrupt`);
+            const changed = () => {
+                if (stop.style.display === "block" || choice.value === loaded) return;
+                loaded = choice.value;
+                for (const panel of panels()) window.sagPagChanged(panel.id, true);
+            };
+            if (stop) new MutationObserver(changed).observe(stop, {attributes: true, attributeFilter: ["style"]});
         }
     }
 
