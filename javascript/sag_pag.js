@@ -309,18 +309,18 @@
     }
 
     // Forge and its kin load the checkpoint that is chosen when they make the next picture: its map is there once the
-    // button that stops the work is gone.
+    // button that skips a picture is gone.
     function followCheckpointOfForks() {
         const choice = gradioApp().querySelector(".model_selection input");
         let loaded = choice && choice.value;
         for (const tab of choice ? ["txt2img", "img2img"] : []) {
-            const stop = gradioApp().getElementById(`${tab}_interrupt`);
+            const skip = gradioApp().getElementById(`${tab}_skip`);
             const changed = () => {
-                if (stop.style.display === "block" || choice.value === loaded) return;
+                if (skip.style.display === "block" || choice.value === loaded) return;
                 loaded = choice.value;
                 for (const panel of panels()) window.sagPagChanged(panel.id, true);
             };
-            if (stop) new MutationObserver(changed).observe(stop, {attributes: true, attributeFilter: ["style"]});
+            if (skip) new MutationObserver(changed).observe(skip, {attributes: true, attributeFilter: ["style"]});
         }
     }
 
