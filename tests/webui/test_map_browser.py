@@ -39,7 +39,8 @@ def chosen(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> str:
 
 def pressed(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> list[str]:
     cells = page.locator(f"{element(tab, field + '_map')} .sag-pag-u button[aria-pressed='true']")
-    return [cell.get_attribute("data-name") for cell in cells.all()]
+    names: list[str] = cells.evaluate_all("found => found.map((cell) => cell.dataset.name)")
+    return names
 
 
 def head(page: Any, tab: str = "txt2img") -> str:
