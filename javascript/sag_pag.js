@@ -200,7 +200,8 @@
             if (label) input.setAttribute("aria-label", label.textContent.trim());
         }
         for (const input of panel.querySelectorAll(".label-wrap input[type=checkbox]")) {
-            input.setAttribute("aria-label", input.closest(".label-wrap").textContent.trim());
+            const label = input.closest(".label-wrap");
+            input.setAttribute("aria-label", label.textContent.replace(label.lastElementChild.textContent, "").trim());
         }
     }
 
