@@ -296,6 +296,7 @@ def test_sag_in_tiles_is_refused_by_name(host: Host) -> None:
 
 
 def test_more_frames_than_a_window_are_refused_by_name(host: Host) -> None:
+    """The double is AnimateDiff's denoiser, a88e889."""
     class Params:
         video_length, batch_size = 4, 2
 
