@@ -92,7 +92,9 @@ def test_everything_by_keyboard(page: Any, client: Client) -> None:
     """The panel, its folds and a feature; what is open is told to a screen reader."""
     client.load_checkpoint("sd1")
     label = head(page)
-    assert (label.get_attribute("role"), label.get_attribute("aria-expanded")) == ("button", "false")
+    native = label.evaluate("e => e.tagName") == "BUTTON"  # of gradio 4, which has it before its checkbox
+    assert native or label.get_attribute("role") == "button"
+    assert label.get_attribute("aria-expanded") == "false"
     label.focus()
     page.keyboard.press("Enter")
     page.wait_for_timeout(500)
@@ -100,7 +102,7 @@ def test_everything_by_keyboard(page: Any, client: Client) -> None:
     page.locator(f"{element(TAB, 'pag_enabled')}-visible-checkbox").focus()
     page.keyboard.press(" ")
     assert page.locator(f"{element(TAB, 'pag_enabled')}-visible-checkbox").is_checked()
-    page.keyboard.press("Tab")
+    page.keyboard.press("Shift+Tab" if native else "Tab")
     page.keyboard.press("Enter")
     page.wait_for_timeout(500)
     assert page.locator(element(TAB, "pag_scale")).is_visible()
