@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import element, load, open_fold, open_panel, opened_page, screenshot, text_field
+from browser import element, eventually, load, open_fold, open_panel, opened_page, screenshot, text_field
 from client import Client
 from server import Server
 
@@ -250,11 +250,11 @@ def test_a_plot_decides(page: Any, client: Client) -> None:
     assert badge.inner_text() == "the X/Y/Z plot decides"
     assert not head(page).locator(".sag-pag-off").is_visible()
     pick("#script_txt2img_xyz_plot_x_type", "Steps")
-    assert not badge.is_visible()
+    assert eventually(page, lambda: not badge.is_visible())
     pick("#script_txt2img_xyz_plot_y_type", "[SAG] Scale")
     assert badge.is_visible()
     pick("#script_list", "None")
-    assert not badge.is_visible()
+    assert eventually(page, lambda: not badge.is_visible())
 
 
 def test_folding_is_told_as_such(page: Any, client: Client) -> None:
