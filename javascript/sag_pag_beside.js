@@ -18,7 +18,8 @@
     // While an X/Y/Z plot has one of our axes it decides, whatever the panel says.
     function plotDecides(scripts) {
         const axes = Array.from(scripts.querySelectorAll("[id*=_xyz_plot_][id$=_type] input"));
-        return axes.some((axis) => axis.offsetParent && /^\[(SAG|PAG|SAG\/PAG)\]/.test(axis.value));
+        // whether it is seen is asked last: that makes the browser lay out the page
+        return axes.some((axis) => /^\[(SAG|PAG|SAG\/PAG)\]/.test(axis.value) && axis.offsetParent);
     }
 
     // The boxes that switch something on, by their labels before any translation.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,6 +130,12 @@ def scales_at(settings: Settings, *, progress: float, number: int = 0, hires: Hi
     if settings.pag_fade and settings.pag_end > settings.pag_start:
         scales["pag"] *= (settings.pag_end - progress) / (settings.pag_end - settings.pag_start)
     return scales
+
+
+def asks_for(feature: Switchable, settings: Settings, passes: Collection[HiresPass | None]) -> bool:
+    """Whether a feature is to do something in one of these passes of hires. fix, once a step lies in its range."""
+    start: float = getattr(settings, f"{feature}_start")
+    return any(scales_at(settings, progress=start, hires=hires)[feature] for hires in passes)
 
 
 def plan_step(settings: Settings, chosen: ChosenBlocks, scales: Scales) -> StepPlan | None:

@@ -18,6 +18,7 @@ from sag_pag.engine.patching import Hook
 from sag_pag.engine.plan import HiresPass
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import Space
+from sag_pag.guidance import Blend
 
 
 class UnguidableModelError(Exception):
@@ -89,6 +90,13 @@ class Step(Protocol):
     @property
     def weight(self) -> Tensor | None:
         """Where guidance may change the step's result: the mask, if what is protected has been put back already."""
+
+    def was_blended(self, told: Any) -> None:
+        """The host has put back what is protected and ``told`` scripts so, of which any may do it in its own way."""
+
+    @property
+    def blend(self) -> Blend | None:
+        """How one has, if one has."""
 
 
 class Host(Protocol):

@@ -13,11 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fastapi import HTTPException
 from torch import Tensor
 
 from sag_pag.engine.blocks import Topology
-from sag_pag.engine.plan import ChosenBlocks, StepPlan, check_blocks_of, choose_blocks, plan_step, scales_at
+from sag_pag.engine.plan import (
+    ChosenBlocks,
+    HiresPass,
+    StepPlan,
+    asks_for,
+    check_blocks_of,
+    choose_blocks,
+    plan_step,
+    scales_at,
+)
 from sag_pag.engine.rows import StepRows
 from sag_pag.engine.step import GuidedStep, SagView
 from sag_pag.guidance import MergedTokensError
@@ -26,34 +34,8 @@ from sag_pag.neighbours import Neighbours
 from sag_pag.neighbours.scene import BesideError
 from sag_pag.settings import BLOCKS_OF, FEATURES, SettingError, Settings, Switchable
 from sag_pag.webui.record import Record
+from sag_pag.webui.refused import RefusedError
 from sag_pag.webui.seen import where
-
-
-class RefusedError(ValueError, HTTPException):  # type: ignore[misc]
-    """A generation refused for what was asked for: as text for the page, and for the API a status code, detail and
-    body. To the API's server an ``HTTPException`` is an answer and not a failure, whose traceback it would print.
-    """
-
-    def __init__(self, error: SettingError) -> None:
-        HTTPException.__init__(self, status_code=422, detail=str(error))
-        self.args = (error.for_people,)
-        self.body: dict[str, Any] = {
-            "field": error.field, "value": repr(error.value), "allowed": error.allowed, "meant": list(error.meant),
-        }
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-    @classmethod
-    def beside(cls, error: BesideError) -> RefusedError:
-        """Refused because of another extension."""
-        made = cls(SettingError(f"{error.feature}_enabled", True, error.way_out))
-        made.args, made.detail = (str(error),), str(error)
-        made.body |= {"neighbour": error.neighbour}
-        return made
-
-
-RefusedError.__name__ = "Guidance"  # the WebUI puts the name before the text on the page
 
 
 class _Model:
@@ -78,6 +60,10 @@ class GuidedRun:
         self._model: _Model | None = None
         self._checked: set[Switchable] = set()
         """The features whose blocks the first model that runs them is known to have."""
+        self._passes: set[HiresPass | None] = set()
+        self._due: set[Switchable] = set()
+        """The passes that ran, and the features in whose range a step of theirs lay."""
+        self._unguidable = ""
         self._acted: set[Switchable] = set()
         self._refused: dict[Switchable, str] = {}
         """Which features a model could do, and which ones one could not, with the reason."""
@@ -156,16 +142,17 @@ class GuidedRun:
         assert self._step is not None
         self.steps_decided += 1
         self._progress = self._step.progress(call.sigma)
-        scales = scales_at(
-            self.settings, progress=self._progress, number=self._step.number, hires=self.host.hires_pass(self.p)
-        )
+        hires = self.host.hires_pass(self.p)
+        scales = scales_at(self.settings, progress=self._progress, number=self._step.number, hires=hires)
         acting = [feature for feature in FEATURES if scales[feature]]
+        self._passes.add(hires)
+        self._due.update(acting)
         if not acting:
             return None
         try:
             model, rows = self._known_model(), self._step.rows
         except UnguidableModelError as error:
-            self.record.note(f"not applied to the end, {error}", self.p)
+            self._unguidable = str(error)
             return None
         for feature in acting:
             self._note_blocks(feature, model)
@@ -206,6 +193,11 @@ class GuidedRun:
                 f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block", self.p
             )
 
+    def was_blended(self, told: Any) -> None:
+        """The host has blended with what is protected: that is of the step under way, if there is one."""
+        if self._step is not None:
+            self._step.was_blended(told)
+
     def end_calls(self, predictions: Tensor | None = None) -> None:
         """CFG-denoised callback: all of the step's calls are done. Others may still change the ``predictions``."""
         self._taken.close()
@@ -244,7 +236,7 @@ class GuidedRun:
             return combined
         if predictions is not None:
             guided.see_mixed(predictions)
-        result = guided.apply(combined, factor=step.factor, weight=step.weight)
+        result = guided.apply(combined, factor=step.factor, weight=step.weight, blend=step.blend)
         self.steps_guided += 1
         return result
 
@@ -261,10 +253,8 @@ class GuidedRun:
 
         What the failed calls hold is let go at once: after an out-of-memory there must be room again.
         """
-        at: BaseException | None = error
-        while at is not None:
-            traceback.clear_frames(at.__traceback__)
-            at = at.__cause__ or at.__context__
+        for failed in _came_of(error):
+            traceback.clear_frames(failed.__traceback__)
         self._guided = None
         self._error = self._error or error
 
@@ -292,12 +282,43 @@ class GuidedRun:
             self.record.withdraw("the sampler did not call the model in the WebUI's way", self.p)
         elif self.steps_planned and not self.steps_guided:
             self.record.withdraw(self._unguided_because or "no step came to its end", self.p)
-        elif self.steps_guided < self.steps_planned:
+        elif self._unguidable and not self.steps_planned:
+            self.record.withdraw(self._unguidable, self.p)
+        else:
+            self._report_what_is_missing()
+
+    def _report_what_is_missing(self) -> None:
+        """Of a run that was guided in some steps at least, or was to be in none."""
+        for feature in self._features_on():
+            if feature not in self._due and (reason := self._never_due(feature)):
+                self.record.give_up(feature, reason, self.p)
+        if self._unguidable:
+            self.record.note(f"not applied to the end, {self._unguidable}", self.p)
+        if self.steps_guided < self.steps_planned:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
         if 0 < self.steps_decided < self.steps_announced:
-            missed = self.steps_announced - self.steps_decided
-            self.record.note(
-                f"not applied in {missed} of {self.steps_announced} steps, in which another extension called the model "
-                "in its own way", self.p,
-            )
+            missed = f"{self.steps_announced - self.steps_decided} of {self.steps_announced} steps"
+            self.record.note(f"not applied in {missed}: another extension called the model in its own way", self.p)
+
+    def _never_due(self, feature: Switchable) -> str | None:
+        """Why a feature that was to do something in this run did nothing; ``None`` if it was not to."""
+        if asks_for(feature, self.settings, self._passes):
+            start, end, every = (getattr(self.settings, f"{feature}_{name}") for name in ("start", "end", "every"))
+            steps = f"{start:g} to {end:g}" + (f", one step in {every}" if every > 1 else "")
+            return f"no step of this run lies in its range ({steps})"
+        if "first pass" in self._passes and asks_for(feature, self.settings, ["hires pass"]):
+            return "the hires pass did not run"
+        return None
+
+
+def _came_of(error: BaseException) -> list[BaseException]:
+    """An exception and those that it came of, each once: an exception may be its own cause."""
+    seen: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        at = waiting.pop()
+        if at is not None and id(at) not in seen:
+            seen[id(at)] = at
+            waiting += [at.__cause__, at.__context__]
+    return list(seen.values())

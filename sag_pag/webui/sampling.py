@@ -10,7 +10,8 @@ from typing import Any
 from sag_pag.hosts.interface import Host
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui.record import Record
-from sag_pag.webui.runs import GuidedRun, RefusedError
+from sag_pag.webui.refused import RefusedError
+from sag_pag.webui.runs import GuidedRun
 
 VIEWS = "sag_pag_views"
 """Attribute of a processing object: what SAG saw while the batch was sampled, if that is to be shown."""
@@ -144,6 +145,12 @@ class Sampling:
                 while self._steps[-1] is not run:  # the steps of nested generations that failed
                     self._steps.pop()
                 run.failing_visibly(partial(run.end_calls, params.x))
+
+    def on_mask_blend(self, p: Any, told: Any) -> None:
+        """When a picture that is inpainted was put together with what is protected."""
+        run = next((run for run in self._running if run.p is p), None)
+        if run is not None:
+            run.failing_visibly(partial(run.was_blended, told))
 
     def on_cfg_after_cfg(self, params: Any) -> None:
         """After CFG. Tells nobody whose step it is: the one that began last."""

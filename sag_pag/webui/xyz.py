@@ -14,7 +14,7 @@ from sag_pag.engine.plan import check_blocks
 from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_by
 from sag_pag.webui import texts
-from sag_pag.webui.runs import RefusedError
+from sag_pag.webui.refused import RefusedError
 from sag_pag.webui.texts import axis_label
 
 _PLOTTED = "sag_pag_plotted"

@@ -253,7 +253,7 @@ def forward(
         denoised = function({"denoised": denoised, "model": model, "cond": conds, "uncond": unconds, "input": x,
                              "sigma": sigma, "model_options": options, "cond_denoised": cond_out})
     if self.mask is not None:
-        denoised = self._blend(denoised)
+        denoised = self._blend(denoised, sigma)
     after = callbacks.AfterCFGCallbackParams(denoised, 0, self.total_steps)
     callbacks.run("cfg_after_cfg", after)
     self.step += 1

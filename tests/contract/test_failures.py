@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from functools import cached_property
 from importlib import import_module
 from inspect import getattr_static
@@ -59,6 +60,30 @@ def test_the_unet_raises(host: Host, error: BaseException, call: int, batched: b
         host.processing.process_images(p)
     assert raised.value is error
     host.shared.opts.batch_cond_uncond, host.shared.sd_model.lowvram = True, False
+    leaves_nothing(host, p, expected)
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["of itself", "of each other"])
+def test_an_exception_that_is_its_own_cause(host: Host, monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    """``raise error from error`` in SAG's own call, where it is kept to be raised later."""
+    expected = host.plain()
+    error, *between = ring = [ValueError(str(number)) for number in range(1 + others)]
+    for made, cause in zip(ring, [*between, error], strict=True):
+        made.__cause__ = cause
+    clear, cleared = traceback.clear_frames, []
+
+    def counted(frames: Any) -> None:
+        cleared.append(frames)
+        assert len(cleared) < 50, "it never ends"
+        clear(frames)
+
+    p = host.processing_for({"sag_scale": 1})
+    fail_at(host, 2, error)
+    with monkeypatch.context() as patch:
+        patch.setattr(traceback, "clear_frames", counted)
+        with pytest.raises(ValueError, match="0"):
+            host.processing.process_images(p)
+    assert len(cleared) == len(ring)
     leaves_nothing(host, p, expected)
 
 

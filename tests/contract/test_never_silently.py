@@ -128,7 +128,7 @@ def test_a_step_in_which_nobody_knows_the_rows(host: Host) -> None:
     host.script_callbacks.on_cfg_denoiser(whole)
     infotext = run(host, host.processing_for(PAG, batch_size=2, steps=3)).infotexts[0]
     assert "PAG: True" in infotext
-    assert "not applied in 1 of 3 steps, in which another extension called the model in its own way" in infotext
+    assert "not applied in 1 of 3 steps: another extension called the model in its own way" in infotext
 
 
 def test_a_webui_that_does_not_tell_whose_step_it_is(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,12 +221,80 @@ def test_scripts_run_on_a_copy_after_sampling(host: Host, monkeypatch: pytest.Mo
         assert "SAG: True" not in infotext
 
 
-def test_nothing_in_range_is_no_claim_that_is_false(host: Host) -> None:
-    """Every step was decided on, and the settings say why none was guided."""
-    p = host.processing_for({"pag_scale": 3, "pag_start": 1.0})
-    infotext, = run(host, p).infotexts
-    assert "PAG start: 1" in infotext
+@pytest.mark.parametrize(("settings", "range_"), [
+    ({"pag_scale": 3, "pag_start": 1.0}, "1 to 1"),
+    ({"pag_scale": 3, "pag_start": 0.4, "pag_end": 0.6, "pag_every": 2}, "0.4 to 0.6, one step in 2"),
+    ({"sag_scale": 1, "sag_end": 0.01}, "0 to 0.01"),
+])
+def test_a_run_without_a_step_in_range(host: Host, settings: dict[str, Any], range_: str) -> None:
+    """As img2img at a low denoising strength is: every step was decided on, and none was to be guided."""
+    expected = host.plain()
+    p = host.processing_for(settings)
+    is_unguided_and_says_so(run(host, p), p, expected, f"no step of this run lies in its range ({range_})")
+
+
+def test_one_feature_has_no_step_in_range(host: Host) -> None:
+    """The picture claims the other one, and is what that makes of it."""
+    settings = {"sag_scale": 1, "sag_end": 0.01, "pag_scale": 3}
+    result = run(host, host.processing_for(settings))
+    assert torch.equal(result.latents[0], host.generate(PAG)[0])
+    infotext, = result.infotexts
+    assert "PAG: True" in infotext
+    assert "SAG: True" not in infotext
+    assert "SAG not applied, no step of this run lies in its range (0 to 0.01)" in infotext
+
+
+@pytest.mark.parametrize("settings", [{"pag_scale": 0}, {"sag_scale": 1, "sag_blur_sigma": 0}])
+def test_what_asks_for_nothing_needs_no_note(host: Host, settings: dict[str, Any]) -> None:
+    infotext, = run(host, host.processing_for(settings)).infotexts
     assert NOTE not in infotext
+
+
+def test_a_range_of_the_other_pass(host: Host) -> None:
+    """The hires pass alone is to be guided: it has steps in the range, or it has none."""
+    settings = {**PAG, "hires_pass": "hires pass"}
+    infotext, = run(host, host.processing_for(settings, enable_hr=True)).infotexts
+    assert "PAG: True" in infotext
+    assert NOTE not in infotext
+    p = host.processing_for({**settings, "pag_end": 0.01}, enable_hr=True)
+    is_unguided_and_says_so(run(host, p), p, host.plain(enable_hr=True), "no step of this run lies in its range")
+
+
+def test_a_hires_pass_that_did_not_run(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone was to be guided, and the user has stopped the picture before."""
+    def first_pass_alone(self: Any, p: Any, noise: Tensor, **kwargs: Any) -> Tensor:
+        return noise if p.is_hr_pass else sample(self, p, noise, **kwargs)
+
+    sample = host.sd_samplers.Sampler.sample
+    monkeypatch.setattr("modules.processing.Sampler.sample", first_pass_alone)
+    expected = host.plain(enable_hr=True)
+    p = host.processing_for({**PAG, "hires_pass": "hires pass"}, enable_hr=True)
+    is_unguided_and_says_so(run(host, p), p, expected, "the hires pass did not run")
+
+
+def test_the_picture_of_a_guided_one_that_is_made_larger(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gallery's button runs the hires pass alone: the text tells of the first one too, which was guided."""
+    def hires_pass_alone(self: Any, p: Any, noise: Tensor, **kwargs: Any) -> Tensor:
+        return sample(self, p, noise, **kwargs) if p.is_hr_pass else noise
+
+    sample = host.sd_samplers.Sampler.sample
+    monkeypatch.setattr("modules.processing.Sampler.sample", hires_pass_alone)
+    infotext, = run(host, host.processing_for({**PAG, "hires_pass": "first pass"}, enable_hr=True)).infotexts
+    assert "PAG: True" in infotext
+    assert NOTE not in infotext
+
+
+def test_a_model_that_no_step_could_be_guided_on(host: Host) -> None:
+    """It took over before the first step of the range: there is no picture that was guided up to there."""
+    unet = SimpleNamespace(option=SimpleNamespace(label="[TRT] small"))
+    p = host.processing_for({**PAG, "pag_start": 0.3})
+    expected = host.plain()
+    p.callback = lambda step: setattr(host.sd_unet, "current_unet", unet)
+    try:
+        result = run(host, p)
+    finally:
+        host.sd_unet.current_unet = None
+    is_unguided_and_says_so(result, p, expected, "[TRT] small")
 
 
 def test_classes_get_their_sample_back(host: Host) -> None:

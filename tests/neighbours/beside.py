@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from client import Generation
 from neighbour_cases import Case
+from real_hosts import ours
 from server import Server
 
-TITLE = "Self-Attention & Perturbed-Attention Guidance"
 Settings = Mapping[str, Any]
 
 
@@ -32,8 +32,9 @@ class Beside:
         ``idle`` leaves the neighbour's own script out.
         """
         scripts = {} if idle else self._scripts
-        own = {TITLE: {"args": [dict(settings)]}} if settings else {}
-        payload = {**square(self.case.size), **more, **self.case.payload, "alwayson_scripts": {**scripts, **own}}
+        payload = {
+            **square(self.case.size), **more, **self.case.payload, "alwayson_scripts": {**scripts, **ours(settings)},
+        }
         client = self.server.client
         make = client.img2img if "init_images" in payload else client.txt2img
         return make(expect=expect, **payload)
@@ -58,15 +59,10 @@ class Beside:
         request = {"steps": 2, **square(128)}
         both = self.made(settings, batch_size=2, **request)
         alone = [self.made(settings, seed=seed, **request) for seed in (1, 2)]
-        return max(difference(both, one, number) for number, one in enumerate(alone))
+        pairs = zip(both.images, (one.images[0] for one in alone), strict=False)  # ControlNet adds its hint
+        return max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs)
 
 
 def square(side: int) -> dict[str, int]:
     """A request's size."""
     return {"width": side, "height": side}
-
-
-def difference(first: Generation, second: Generation, number: int = 0) -> int:
-    """Of picture ``number`` of the first to the only one of the second, the largest one, of 255."""
-    pictures = [made.images[index].astype(int) for made, index in ((first, number), (second, 0))]
-    return int(np.abs(pictures[0] - pictures[1]).max())

@@ -25,14 +25,12 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def write_table(made: Sequence[dict[str, str]], order: Sequence[str] = ()) -> None:
-    """Puts new rows into the CSV in place of older ones of the same neighbours, and the table into the page. Neighbours
-    that ``order`` names come first, in that order.
-    """
+    """Puts what is new in rows into the CSV, and the table into the page. Neighbours in ``order`` come first, in it."""
     rows: dict[str, dict[str, str]] = {}
     if FILE.exists():
         with FILE.open(encoding="utf-8", newline="") as file:
             rows = {row["neighbour"]: row for row in csv.DictReader(file)}
-    rows |= {row["neighbour"]: dict(row) for row in made}
+    rows |= {row["neighbour"]: rows.get(row["neighbour"], {}) | row for row in made}
     rows = {name: rows[name] for name in dict.fromkeys((*order, *rows)) if name in rows}
     with FILE.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,33 @@ def text_field(page: Any, tab: str, name: str) -> Any:
 def ticked(page: Any, tab: str, feature: str) -> bool:
     """Whether a feature's checkbox is on."""
     return bool(page.locator(f"{element(tab, feature + '_enabled')}-visible-checkbox").is_checked())
+
+
+def eventually(page: Any, condition: Callable[[], bool], *, seconds: int = 20) -> bool:
+    """Whether a condition comes to hold; a busy machine answers late."""
+    for _ in range(10 * seconds):
+        if condition():
+            return True
+        page.wait_for_timeout(100)
+    return condition()
+
+
+def generate(page: Any, *, steps: int = 2) -> None:
+    """A small picture from the page's button."""
+    for name, value in (("steps", steps), ("width", 128), ("height", 128)):
+        field = page.locator(f"#txt2img_{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+    page.locator("#txt2img_generate").click()
+    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
+    page.wait_for_timeout(1500)
+
+
+def choose_checkpoint(page: Any, name: str) -> None:
+    """Loads a checkpoint as a person does; forks with a list of their own do so when they make a picture."""
+    own = page.locator(".model_selection")
+    box = own if own.count() else page.locator("#setting_sd_model_checkpoint")
+    box.locator("input").first.click()
+    box.locator("ul li", has_text=re.compile(rf"^[^a-z]*{re.escape(name)}")).first.click()
+    if own.count():
+        generate(page)

@@ -9,19 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from browser import READY, element, load, open_panel, opened_page, screenshot, text_field
+from browser import READY, element, generate, load, open_panel, opened_page, screenshot, text_field
 from client import Client
 from server import Server
 from test_generation import state
-
-
-def generate(page: Any, *, steps: int = 2) -> None:
-    """A small picture from the page's button."""
-    for name, value in (("steps", steps), ("width", 128), ("height", 128)):
-        page.locator(f"#txt2img_{name} input[type=number]").fill(str(value))
-    page.locator("#txt2img_generate").click()
-    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
-    page.wait_for_timeout(1500)
 
 
 def test_reloading_the_ui(page: Any, client: Client, webui: Server) -> None:
@@ -29,8 +20,13 @@ def test_reloading_the_ui(page: Any, client: Client, webui: Server) -> None:
     client.load_checkpoint("sd1")
     before = state(client)["callbacks"]
     page.locator("#tabs button", has_text="Settings").first.click()
+    mark = webui.log_mark()
     page.locator("#settings_restart_gradio").click()
-    page.wait_for_timeout(8000)
+    for _ in range(60):  # seconds, on a busy machine
+        page.wait_for_timeout(1000)
+        if "Running on local URL" in webui.log(mark):
+            break
+    page.wait_for_timeout(3000)
     load(page, webui.url)
     assert state(client)["callbacks"] == before
     open_panel(page, "txt2img", "pag")

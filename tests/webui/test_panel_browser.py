@@ -246,6 +246,7 @@ def test_a_plot_decides(page: Any, client: Client) -> None:
     pick("#script_txt2img_xyz_plot_x_type", "[PAG] Scale")
     assert badge.is_visible()
     assert badge.inner_text() == "the X/Y/Z plot decides"
+    assert not head(page).locator(".sag-pag-off").is_visible()
     pick("#script_txt2img_xyz_plot_x_type", "Steps")
     assert not badge.is_visible()
     pick("#script_txt2img_xyz_plot_y_type", "[SAG] Scale")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from mechanisms import MECHANISMS
 from modules import script_callbacks, scripts, sd_unet, shared
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 STATE: dict[str, Any] = {
@@ -29,9 +29,15 @@ def _unet() -> Any:
     return shared.sd_model.model.diffusion_model
 
 
-def _linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Operations of a Linear layer; in inference mode torch does not take it apart into products that it counts."""
-    return 2 * math.prod(x) * int(weight[0])
+class _Apart(TorchDispatchMode):
+    """In inference mode torch hands convolutions and products over as they were called, and older counters know only
+    what they are made of: so they are taken apart first.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            out = func.decompose(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if out is NotImplemented else out
 
 
 def _before_model(calls: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -42,14 +48,16 @@ def _before_model(calls: str, _module: Any, args: tuple[Any, ...], kwargs: dict[
         times = args[1] if len(args) > 1 else kwargs.get("timesteps")
         STATE["times"].append(None if times is None else float(times.flatten()[0]))
     if STATE["counted"] is not None:
-        STATE["counter"] = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linear: _linear})
-        STATE["counter"].__enter__()
+        STATE["counter"] = FlopCounterMode(display=False), _Apart()
+        for mode in STATE["counter"]:
+            mode.__enter__()
 
 
 def _after_model(*_: Any) -> None:
     if STATE["counter"] is not None:
-        counter, STATE["counter"] = STATE["counter"], None
-        counter.__exit__(None, None, None)
+        (counter, apart), STATE["counter"] = STATE["counter"], None
+        for mode in (apart, counter):
+            mode.__exit__(None, None, None)
         STATE["counted"].append(counter.get_total_flops())
 
 
