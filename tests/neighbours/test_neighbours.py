@@ -160,6 +160,21 @@ def test_beside_controlnet_pag_adds_what_it_adds_alone(server_with: Start) -> No
     assert added[1] == pytest.approx(added[0], rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["ControlNet", "ControlNet, reference_only", "HyperTile (built in)"])
+def test_blurred_queries_beside(server_with: Start, name: str) -> None:
+    """One query is its own mean. A reference's tokens are keys too, which perturbed rows do without."""
+    case = next(case for case in CASES if case.name == name)
+    beside, blurred = Beside(case, server_with(case.folder)), {"pag_perturbation": "blurred queries"}
+    with beside.server.client.options(**case.options):
+        beside.made()
+        off = beside.made()
+        null, tiny = beside.made({**NULL["pag"], **blurred}), beside.made({**TINY["pag"], **blurred})
+    assert "blurred queries" in tiny.infotext
+    assert "SAG/PAG note" not in tiny.infotext
+    assert difference(tiny, off) <= LEVEL
+    assert "pag" not in case.null or difference(null, off) <= LEVEL
+
+
 def test_every_double_stands_for_rows_of_the_table() -> None:
     assert {row for stand in STANDS_FOR.values() for row in stand.rows} <= {case.name for case in CASES}
 
