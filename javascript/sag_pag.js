@@ -200,7 +200,8 @@
             if (label) input.setAttribute("aria-label", label.textContent.trim());
         }
         for (const input of panel.querySelectorAll(".label-wrap input[type=checkbox]")) {
-            input.setAttribute("aria-label", input.closest(".label-wrap").textContent.trim());
+            const label = input.closest(".label-wrap");
+            input.setAttribute("aria-label", label.textContent.replace(label.lastElementChild.textContent, "").trim());
         }
     }
 
@@ -308,18 +309,19 @@
         if (preview) new MutationObserver(changed).observe(preview, {childList: true, subtree: true, characterData: true});
     }
 
-    // Forge and its kin load the checkpoint that is chosen when they make the next picture.
+    // Forge and its kin load the checkpoint that is chosen when they make the next picture: its map is there once the
+    // button that skips a picture is gone.
     function followCheckpointOfForks() {
         const choice = gradioApp().querySelector(".model_selection input");
         let loaded = choice && choice.value;
-        const made = () => {
-            if (choice.value === loaded) return;
-            loaded = choice.value;
-            for (const panel of panels()) window.sagPagChanged(panel.id, true);
-        };
         for (const tab of choice ? ["txt2img", "img2img"] : []) {
-            const about = gradioApp().getElementById(`html_info_${tab}`);
-            if (about) new MutationObserver(made).observe(about, {childList: true, subtree: true, characterData: true});
+            const skip = gradioApp().getElementById(`${tab}_skip`);
+            const changed = () => {
+                if (skip.style.display === "block" || choice.value === loaded) return;
+                loaded = choice.value;
+                for (const panel of panels()) window.sagPagChanged(panel.id, true);
+            };
+            if (skip) new MutationObserver(changed).observe(skip, {attributes: true, attributeFilter: ["style"]});
         }
     }
 

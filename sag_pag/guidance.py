@@ -6,7 +6,9 @@ Shapes: latents and predictions are ``(batch, channels, height, width)``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,18 @@ from torch import Tensor
 
 class MergedTokensError(ValueError):
     """An attention works on fewer tokens than its feature map has places."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How a step's result was blended with what is protected, where that was not by the mask alone.
+
+    ``result`` went into it and became ``blended``; ``again`` does the same to another result.
+    """
+
+    result: Tensor
+    blended: Tensor
+    again: Callable[[Tensor], Tensor]
 
 
 def working_precision(x: Tensor) -> Tensor:
@@ -125,7 +139,7 @@ def _unprotected(x: Tensor, weight: Tensor | None) -> Tensor:
 
 def add_guidance(
     combined: Tensor, delta: Tensor, *, cond: Tensor, uncond: Tensor | None, rescale: float = 0.0,
-    mode: str = "full", weight: Tensor | None = None,
+    mode: str = "full", weight: Tensor | None = None, blend: Blend | None = None,
 ) -> Tensor:
     """``combined`` (the host's result after CFG) with the guidance ``delta`` added and its strength tamed.
 
@@ -133,10 +147,12 @@ def add_guidance(
     ``std(cond) / std(combined + delta)`` in mode ``full`` and ``std(cond) / std(cond + delta)`` in mode ``partial``,
     for each image. Mode ``snf`` mixes in, by ``rescale``, the fusion of CFG's own change ``combined - uncond`` with
     ``delta`` (where there is no unconditional prediction, nothing is fused). ``weight`` as for ``image_std``; what it
-    protects stays as it is, bit for bit, and takes no part in the fusion.
+    protects stays as it is, bit for bit, and takes no part in the fusion. Where there is a ``blend`` of another kind,
+    guidance goes through that as the model's own prediction did.
     """
     dtype = combined.dtype
-    host, cond, change = working_precision(combined), working_precision(cond), working_precision(delta)
+    host = working_precision(combined if blend is None else blend.result)
+    cond, change = working_precision(cond), working_precision(delta)
     if rescale and mode == "snf":
         if uncond is not None:
             base = working_precision(uncond)
@@ -146,6 +162,9 @@ def add_guidance(
         guided = (host if mode == "full" else cond) + change
         factor = image_std(cond, weight=weight) / image_std(guided, weight=weight).clamp_min(1e-12)
         change = change * (1 - rescale + rescale * factor)
+    if blend is not None:
+        moved = working_precision(blend.again((host + change).to(dtype))) - working_precision(blend.blended)
+        return (working_precision(combined) + moved).to(dtype)
     if weight is None:
         return (host + change).to(dtype)
     return torch.where(weight > 0, (host + change * weight).to(dtype), combined)

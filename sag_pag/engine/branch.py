@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from sag_pag.engine.attention import AttentionPatch, BlockPatch, KeyValueInputs, MapCapture, MapSize
 from sag_pag.engine.blocks import AttentionSite, Topology
-from sag_pag.engine.calls import JOINED, Denoiser, Manner, Watch
-from sag_pag.engine.patching import Forward, forward_replaced, without_hooks
+from sag_pag.engine.calls import JOINED, Denoiser, Manner, NotRunError, Watch
+from sag_pag.engine.patching import Forward, forward_replaced
 from sag_pag.engine.perturbations import Perturbation, Place
-from sag_pag.engine.rows import copied, count_rows, join_rows, stacked_rows, take_rows
+from sag_pag.engine.prefix import MakePrefixForward, Record, not_moved, shared
+from sag_pag.engine.rows import take_rows
 from sag_pag.engine.spaces import SigmaSpace, Space
 from sag_pag.engine.trial import try_again
 from sag_pag.settings import Settings
@@ -59,10 +60,6 @@ class Branch:
         return self.topology.perturbations[self.settings.pag_perturbation]
 
 
-class NotRunError(RuntimeError):
-    """A selected attention did not run as expected: another extension has replaced it, skips it or works in tiles."""
-
-
 def denoise_with_branch(
     denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch,
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +85,7 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
     with_extra = partial(take_rows, rows=[*range(total), *branch.rows], total=total)
     patches = _Patches.perturbing(branch, rows=combined, perturbed=range(total, combined), extra=True)
     patches.read(branch, rows=combined, rows_in_prefix=total)
-    prefix = _shared(total, branch.rows, stacked=branch.manner.stacked)
+    prefix = shared(total, branch.rows, stacked=branch.manner.stacked)
     with branch.watch.host_call(total=x.shape[0], again=()), _applied(branch, patches, rows=combined, prefix=prefix):
         out = denoise(with_extra(x), with_extra(sigma), cond=with_extra(cond))
     return out[:total], out[total:]
@@ -97,9 +94,9 @@ def _joined(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: B
 def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Branch) -> tuple[Tensor, Tensor]:
     total, rows = x.shape[0], branch.rows
     own = partial(take_rows, rows=rows, total=total)
-    last = branch.topology.prefix(branch.perturbed[0])[-1:]
-    record = _Record(
-        total, rows, branch.watch, last=last[0] if last else None, chained=branch.topology.chained,
+    before = branch.topology.prefix(branch.perturbed[0])
+    record = Record(
+        total, rows, branch.watch, last=before[-1] if before else None, chained=branch.topology.chained,
     )
     reading = _Patches.reading(branch, rows=total)
     with (
@@ -109,7 +106,7 @@ def _apart(denoise: Denoiser, x: Tensor, sigma: Tensor, *, cond: Any, branch: Br
         out = denoise(x, sigma, cond=cond)
     patches = _Patches.perturbing(branch, rows=len(rows), perturbed=range(len(rows)), extra=True)
     with (
-        branch.watch.own_call(rows, same_picture=True), _not_moved(branch),
+        branch.watch.own_call(rows, same_picture=True), not_moved(before, branch.manner.moves),
         _applied(branch, patches, rows=len(rows), prefix=record.replaying),
     ):
         perturbed = denoise(own(x), own(sigma), cond=own(cond))
@@ -222,84 +219,6 @@ def _perturb(branch: Branch, site: AttentionSite, map_size: MapSize, *args: Any,
 def _read(branch: Branch, site: AttentionSite, map_size: MapSize, capture: MapCapture, tokens: Tensor) -> None:
     capture.size = map_size.known()
     capture.read(site.attention, tokens, branch.key_value_inputs)
-
-
-MakePrefixForward = Callable[[nn.Module, Forward], Forward]
-
-
-def _shared(total: int, rows: Sequence[int], *, stacked: bool) -> MakePrefixForward:
-    """Prefix modules compute the first ``total`` rows; the extra ones get copies of ``rows``."""
-    combined = total + len(rows)
-
-    def make(module: nn.Module, host: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            count = count_rows(args, kwargs) or 0
-            copies, rest = divmod(count, combined)
-            if rest or not copies or (copies > 1 and not stacked):
-                return host(*args, **kwargs)
-            kept = stacked_rows(range(total), of=combined, copies=copies)
-            own_args, own_kwargs = take_rows((args, kwargs), kept, total=count)
-            out = host(*own_args, **own_kwargs)
-            if copies == 1:
-                return join_rows(out, take_rows(out, rows, total=total))
-            return take_rows(out, stacked_rows([*range(total), *rows], of=total, copies=copies), total=copies * total)
-
-        return forward
-
-    return make
-
-
-class _Record:
-    """What the prefix modules of a call of ``total`` rows put out for ``rows``, to be put out once more.
-
-    ``last`` is the last of them: a call that leaves them out goes on from where the first call was after it. Of a chain
-    what its last one puts out is kept alone.
-    """
-
-    def __init__(
-        self, total: int, rows: Sequence[int], watch: Watch, *, last: nn.Module | None, chained: bool,
-    ) -> None:
-        self._total, self._rows, self._watch, self._last, self._chained = total, rows, watch, last, chained
-        self._seen: set[nn.Module] = set()
-        self._out: dict[nn.Module, Any] = {}
-        self._passed: Any = None
-
-    def recording(self, module: nn.Module, host: Forward) -> Forward:
-        """Runs as always."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if module in self._seen:
-                raise NotRunError("PAG needs the whole picture in one model call; another extension makes several")
-            self._seen.add(module)
-            out = host(*args, **kwargs)
-            if self._chained:
-                self._out.clear()
-            # a copy: others may change their skip connections in place
-            self._out[module] = copied(take_rows(out, self._rows, total=self._total))
-            if module is self._last:
-                self._passed = self._watch.passed()
-            return out
-
-        return forward
-
-    def replaying(self, module: nn.Module, host: Forward) -> Forward:
-        """Puts out what was recorded."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if module is self._last:
-                self._watch.skip_to(self._passed)
-            return args if self._chained and module not in self._out else self._out.pop(module)
-
-        return forward
-
-
-@contextmanager
-def _not_moved(branch: Branch) -> Iterator[None]:
-    """Prefix modules that only put out what was recorded are not moved to the GPU for it."""
-    with ExitStack() as stack:
-        for module in branch.topology.prefix(branch.perturbed[0]):
-            stack.enter_context(without_hooks(module, branch.manner.moves))
-        yield
 
 
 @contextmanager

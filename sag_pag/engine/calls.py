@@ -16,6 +16,10 @@ from torch import Tensor
 from sag_pag.engine.patching import Hook
 
 
+class NotRunError(RuntimeError):
+    """A selected attention did not run as expected: another extension has replaced it, skips it or works in tiles."""
+
+
 class Denoiser(Protocol):
     """The host's denoiser: ``x`` is ``(rows, channels, height, width)``, ``sigma`` ``(rows,)``, ``cond`` by row."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sag_pag.engine.attention import KeyValueInputs
 from sag_pag.engine.operations import attention_channels, linear_operations, map_operations
 from sag_pag.engine.patching import unhooked
-from sag_pag.guidance import MergedTokensError, working_precision
+from sag_pag.guidance import MergedTokensError, without_autocast, working_precision
 from sag_pag.settings import BLURRED, IDENTITY, SWAPPED, WHOLE_MAP, Settings
 
 Size = tuple[int, int]
@@ -93,7 +93,8 @@ def blur_queries(query: Tensor, size: Size, *, sigma: float) -> Tensor:
     if sigma >= WHOLE_MAP:
         return own.mean(dim=1, keepdim=True).to(query.dtype).expand_as(query)
     rows, columns = (reflected_gaussian(count, sigma=sigma, like=own) for count in size)
-    blurred = torch.einsum("yh,bhwc,xw->byxc", rows, own.view(len(own), height, width, -1), columns)
+    with without_autocast(query.device):
+        blurred = torch.einsum("yh,bhwc,xw->byxc", rows, own.view(len(own), height, width, -1), columns)
     return blurred.flatten(1, 2).to(query.dtype)
 
 
@@ -160,7 +161,8 @@ def _least_alike_pairs(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     pairs = torch.zeros(rows, 0, dtype=torch.long, device=x.device)
     for start in range(0, items, chunk):
         here = columns[start : start + chunk]
-        alike = unit[:, start : start + chunk] @ unit.transpose(1, 2)
+        with without_autocast(x.device):
+            alike = unit[:, start : start + chunk] @ unit.transpose(1, 2)
         alike = alike.masked_fill(columns <= here[:, None], math.inf).flatten(1)
         number = (here[:, None] * items + columns).flatten().expand(rows, -1)
         candidates, numbers = torch.cat([best, alike], dim=1), torch.cat([pairs, number], dim=1)

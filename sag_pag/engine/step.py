@@ -211,11 +211,15 @@ class GuidedStep:
         deltas = [torch.stack([own[image] for image in images]) for own in (sag, self._pag_deltas()) if own]
         return torch.stack(deltas).sum(dim=0)
 
-    def apply(self, combined: Tensor, *, factor: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def apply(
+        self, combined: Tensor, *, factor: float = 1.0, weight: Tensor | None = None,
+        blend: guidance.Blend | None = None,
+    ) -> Tensor:
         """``combined``, the host's result after CFG (and blending), with the guidance added.
 
         ``factor`` multiplies the guidance (``DDIM CFG++`` shrinks CFG's scale, and ours with it); ``weight`` is 1
-        where an inpainted picture is made anew, 0 where it is protected. A step that can't be guided stays as it is.
+        where an inpainted picture is made anew, 0 where it is protected; ``blend`` is how the host has blended both, if
+        not by that alone. A step that can't be guided stays as it is.
         """
         if self.failure:
             return combined
@@ -225,7 +229,7 @@ class GuidedStep:
         cond = self._combined_cond(first if uncond is None else uncond)
         return guidance.add_guidance(
             combined, self.delta() * factor, cond=cond, uncond=uncond, rescale=settings.rescale,
-            mode=settings.rescale_mode, weight=weight,
+            mode=settings.rescale_mode, weight=weight, blend=blend,
         )
 
     def _uncond(self) -> Tensor | None:

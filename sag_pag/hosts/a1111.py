@@ -101,6 +101,11 @@ class A1111Step(FamilyStep):
         finally:
             open_still = False
 
+    @property
+    def path(self) -> tuple[Any, ...]:
+        """The sampler's denoiser, the checkpoint's model, and what that wraps the network in."""
+        return self.denoiser.inner_model, shared.sd_model, shared.sd_model.model
+
     def wants_own_call(self, more: int) -> bool:
         """With ``--medvram`` or ``--lowvram``, or "Batch cond/uncond" off."""
         return bool(lowvram.is_enabled(shared.sd_model)) or not shared.opts.batch_cond_uncond

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from modules import processing, shared
 from torch import Tensor, nn
 
 from sag_pag.engine.plan import HiresPass
+from sag_pag.guidance import Blend
 
 
 def is_circular(network: nn.Module) -> bool:
@@ -52,6 +54,8 @@ class FamilyStep:
     def __init__(self, params: Any) -> None:
         self.params = params
         self.denoiser = params.denoiser
+        self._blended: Any = None
+        """What the host has told scripts of its blend."""
 
     def is_of(self, inner_model: Any) -> bool:
         """Whether a CFG-denoised callback with this model is this step's."""
@@ -73,3 +77,32 @@ class FamilyStep:
             return None
         weight: Tensor = self.denoiser.nmask
         return weight
+
+    def was_blended(self, told: Any) -> None:
+        """As the interface says. What is told at the end of sampling, and for a blend of ours, is not this step's."""
+        if self._blended is None and told.denoiser is self.denoiser:
+            self._blended = told
+
+    @property
+    def blend(self) -> Blend | None:
+        """As the interface says: soft inpainting does, by the noise level."""
+        told = self._blended
+        if told is None or torch.equal(told.blended_latent, self._by_mask(told.current_latent)):
+            return None
+        return Blend(told.current_latent, told.blended_latent, self._blend_again)
+
+    def _by_mask(self, latent: Tensor) -> Tensor:
+        told = self._blended
+        blended: Tensor = latent * told.nmask + told.init_latent * told.mask
+        return blended
+
+    def _blend_again(self, latent: Tensor) -> Tensor:
+        """As the host's ``CFGDenoiser`` blends, with all that scripts do there."""
+        told, p = self._blended, self.denoiser.p
+        again = type(told)(
+            latent, told.nmask, told.init_latent, told.mask, self._by_mask(latent), denoiser=told.denoiser,
+            sigma=told.sigma,
+        )
+        p.scripts.on_mask_blend(p, again)
+        blended: Tensor = again.blended_latent
+        return blended

@@ -232,6 +232,11 @@ class ForgeStep(FamilyStep):
         """The last of the ControlNet units that work in this step."""
         return next((prompt["control"] for prompt in self._prompts or () if prompt.get("control") is not None), None)
 
+    @property
+    def path(self) -> tuple[Any, ...]:
+        """The model that the patcher patches."""
+        return (self.patcher.model,)
+
     def wants_own_call(self, more: int) -> bool:
         """Where free memory is short by the host's own measure, or an extension knows of one conditional chunk only."""
         options = self.patcher.model_options.get("transformer_options", {})

@@ -18,6 +18,7 @@ from sag_pag.engine.patching import Hook
 from sag_pag.engine.plan import HiresPass
 from sag_pag.engine.rows import Row, StepRows
 from sag_pag.engine.spaces import Space
+from sag_pag.guidance import Blend
 
 
 class UnguidableModelError(Exception):
@@ -52,6 +53,10 @@ class Step(Protocol):
     def wants_own_call(self, more: int) -> bool:
         """Whether ``more`` rows should not make the step's calls larger, but make a call of their own."""
 
+    @property
+    def path(self) -> tuple[Any, ...]:
+        """The objects that a denoiser call goes through on its way to the network, which is not among them."""
+
     def is_of(self, inner_model: Any) -> bool:
         """Whether a CFG-denoised callback with this model is this step's."""
 
@@ -85,6 +90,13 @@ class Step(Protocol):
     @property
     def weight(self) -> Tensor | None:
         """Where guidance may change the step's result: the mask, if what is protected has been put back already."""
+
+    def was_blended(self, told: Any) -> None:
+        """The host has put back what is protected and ``told`` scripts so, of which any may do it in its own way."""
+
+    @property
+    def blend(self) -> Blend | None:
+        """How one has, if one has."""
 
 
 class Host(Protocol):

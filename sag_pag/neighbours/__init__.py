@@ -19,7 +19,7 @@ from sag_pag.neighbours.controlnet import controlnet, is_left_of_controlnet
 from sag_pag.neighbours.hypertile import is_of_hypertile
 from sag_pag.neighbours.scene import Scene
 from sag_pag.neighbours.state import State
-from sag_pag.neighbours.tiled_diffusion import tiled_diffusion
+from sag_pag.neighbours.tiled_diffusion import is_of_tiled_diffusion, tiled_diffusion
 from sag_pag.neighbours.token_merging import is_of_token_merging
 from sag_pag.neighbours.unknown import Change, Modules
 from sag_pag.settings import Switchable
@@ -31,7 +31,8 @@ STRATEGIES: tuple[Strategy, ...] = (animatediff, tiled_diffusion, controlnet)
 
 def takes_any_rows(change: Change) -> bool:
     """Whether it is by somebody of whom is known that no row of a call is to them unlike another."""
-    return is_of_hypertile(change) or is_of_token_merging(change) or is_left_of_controlnet(change)
+    known = (is_of_hypertile, is_of_token_merging, is_left_of_controlnet, is_of_tiled_diffusion)
+    return any(is_theirs(change) for is_theirs in known)
 
 
 class Neighbours:
@@ -45,14 +46,15 @@ class Neighbours:
 
     def manner(
         self, *, short_of_memory: bool, moves: Callable[[Hook], bool] = moves_nothing, denoise: Any = None,
-        size: tuple[int, int] = (0, 0), acting: Sequence[Switchable] = (),
+        path: Sequence[Any] = (), size: tuple[int, int] = (0, 0), acting: Sequence[Switchable] = (),
     ) -> Manner:
-        """How calls are made now: extensions come and go between steps. Arguments as in ``Manner`` and ``Scene``.
+        """How calls are made now: extensions come and go between steps. Arguments as in ``Manner`` and ``Scene``;
+        ``path`` are the objects that ``denoise`` goes through on its way to the network.
 
         Raises ``BesideError`` where a feature can't be had beside a neighbour.
         """
         def look() -> Any:
-            return self._modules.found(moves)
+            return self._modules.found(moves, (denoise, *path))
 
         found = look()
         scene = Scene(

@@ -42,7 +42,7 @@ def controlnet(scene: Scene) -> Manner | None:
         return None
     captured = _captured(own[0].function)
     units = list(getattr(captured.get("outer"), "control_params", None) or ())
-    alone = not scene.found.layers and all(_is_adapter(change) for change in others)
+    alone = not scene.found.layers and not scene.found.classes and all(_is_adapter(change) for change in others)
     if not alone or captured.get("batch_option_uint_separate") or not all(map(_treats_rows_alike, units)):
         process = captured.get("process")
         return replace(REPEATED, trust=scene.trust, watch=lambda: EncodedAgain(process, scene.watch()))

@@ -12,6 +12,7 @@ from typing import Any
 
 from sag_pag.engine.calls import JOINED, Manner
 from sag_pag.neighbours.scene import BesideError, Scene
+from sag_pag.neighbours.unknown import Change
 
 NAME, BUILT_IN = "Tiled Diffusion", "MultiDiffusion Integrated"
 _METHODS = {"MultiDiffusion", "MixtureOfDiffusers", "SpotDiffusion"}
@@ -31,6 +32,11 @@ def tiled_diffusion(scene: Scene) -> Manner | None:
         others = ", ".join(scene.found.names())
         raise BesideError(f"{name} and {others}", "pag", way_out="switch one of the two off")
     return replace(JOINED, stacked=True, watch=scene.watch)
+
+
+def is_of_tiled_diffusion(change: Change) -> bool:
+    """Whether it is where it cuts, or would: a picture that it does not cut goes through as it is."""
+    return type(getattr(change.function, "__self__", change.function)).__name__ in _METHODS
 
 
 def _is_tiled(method: Any, size: tuple[int, int]) -> bool:

@@ -167,7 +167,7 @@ class GuidedRun:
         try:
             manner = model.neighbours.manner(
                 short_of_memory=step.wants_own_call(len(rows.conds)), moves=self.host.moves, denoise=call.denoise,
-                size=(int(call.x.shape[-2]), int(call.x.shape[-1])), acting=acting,
+                path=step.path, size=(int(call.x.shape[-2]), int(call.x.shape[-1])), acting=acting,
             )
         except BesideError as error:
             raise RefusedError.beside(error) from error
@@ -192,6 +192,11 @@ class GuidedRun:
             self.record.note(
                 f"not applied to the end in {', '.join(unknown)}: a model that took over has no such block", self.p
             )
+
+    def was_blended(self, told: Any) -> None:
+        """The host has blended with what is protected: that is of the step under way, if there is one."""
+        if self._step is not None:
+            self._step.was_blended(told)
 
     def end_calls(self, predictions: Tensor | None = None) -> None:
         """CFG-denoised callback: all of the step's calls are done. Others may still change the ``predictions``."""
@@ -231,7 +236,7 @@ class GuidedRun:
             return combined
         if predictions is not None:
             guided.see_mixed(predictions)
-        result = guided.apply(combined, factor=step.factor, weight=step.weight)
+        result = guided.apply(combined, factor=step.factor, weight=step.weight, blend=step.blend)
         self.steps_guided += 1
         return result
 
@@ -293,11 +298,8 @@ class GuidedRun:
             why = f", {self._unguided_because}" if self._unguided_because else ""
             self.record.note(f"applied in {self.steps_guided} of {self.steps_planned} steps{why}", self.p)
         if 0 < self.steps_decided < self.steps_announced:
-            missed = self.steps_announced - self.steps_decided
-            self.record.note(
-                f"not applied in {missed} of {self.steps_announced} steps, in which another extension called the model "
-                "in its own way", self.p,
-            )
+            missed = f"{self.steps_announced - self.steps_decided} of {self.steps_announced} steps"
+            self.record.note(f"not applied in {missed}: another extension called the model in its own way", self.p)
 
     def _never_due(self, feature: Switchable) -> str | None:
         """Why a feature that was to do something in this run did nothing; ``None`` if it was not to."""

@@ -146,6 +146,12 @@ class Sampling:
                     self._steps.pop()
                 run.failing_visibly(partial(run.end_calls, params.x))
 
+    def on_mask_blend(self, p: Any, told: Any) -> None:
+        """When a picture that is inpainted was put together with what is protected."""
+        run = next((run for run in self._running if run.p is p), None)
+        if run is not None:
+            run.failing_visibly(partial(run.was_blended, told))
+
     def on_cfg_after_cfg(self, params: Any) -> None:
         """After CFG. Tells nobody whose step it is: the one that began last."""
         run = self._steps.pop() if self._steps else None

@@ -98,6 +98,10 @@ class GuidanceScript(scripts.Script):  # type: ignore[misc]
         else:
             SAMPLING.prepare(p, settings)
 
+    def on_mask_blend(self, p: Any, mba: Any, *args: Any) -> None:
+        """In every step of inpainting, among the scripts that may change how the picture is blended."""
+        SAMPLING.on_mask_blend(p, mba)
+
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Right after the batch was sampled."""
         SAMPLING.end_batch(p)

@@ -27,6 +27,7 @@ from sag_pag.demo.layers import (
 )
 from sag_pag.demo.unet import UNetModel
 
+__name__ = "backend.double"  # what is written here plays the host's part, and is taken for the host's own
 HERE = Path(__file__).parent
 MEMORY = {"backend": "backend.memory_management", "ldm_patched": "ldm_patched.modules.model_management"}
 COND, UNCOND = 0, 1
@@ -252,7 +253,7 @@ def forward(
         denoised = function({"denoised": denoised, "model": model, "cond": conds, "uncond": unconds, "input": x,
                              "sigma": sigma, "model_options": options, "cond_denoised": cond_out})
     if self.mask is not None:
-        denoised = self._blend(denoised)
+        denoised = self._blend(denoised, sigma)
     after = callbacks.AfterCFGCallbackParams(denoised, 0, self.total_steps)
     callbacks.run("cfg_after_cfg", after)
     self.step += 1

@@ -57,11 +57,18 @@ class Naive:
         self.before = len(self.host.shared.sd_model.calls)
 
     def _guide(self, after: Any) -> None:
+        denoiser, change = self.params.denoiser, self.change(after.x)
+        if denoiser.mask is not None and not denoiser.mask_before_denoising:
+            change = change * denoiser.nmask
+        after.x = after.x + change
+
+    def change(self, like: Tensor) -> Tensor:
+        """What guidance adds to a step's result that is like this one, before any blending."""
         params, denoiser = self.params, self.params.denoiser
         timestep = float(self.timesteps(denoiser, params.sigma)[0])
         progress = (999 - round(timestep)) / 1000
         if not self.wanted.start <= progress <= self.wanted.end:
-            return
+            return torch.zeros_like(like)
         fade = (self.wanted.end - progress) / (self.wanted.end - self.wanted.start) if self.wanted.fade else 1.0
         batch = denoiser.sampler.sampler_extra_args["cond"].batch
         parts = [(image, part.weight) for image, prompts in enumerate(batch) for part in prompts]
@@ -69,7 +76,7 @@ class Naive:
         skipped = seen == len(parts) < len(params.x)
         deltas = []
         for image in range(len(batch)):
-            delta = torch.zeros_like(after.x[image])
+            delta = torch.zeros_like(like[image])
             for row, (owner, weight) in enumerate(parts):
                 if owner == image and self.wanted.pag:
                     delta += fade * self.wanted.pag * weight * self.pag(row)
@@ -78,10 +85,7 @@ class Naive:
                 last = len(params.x) - len(batch) + image
                 delta += self.wanted.sag * self.sag(first if skipped else last)
             deltas.append(delta)
-        change = torch.stack(deltas) * denoiser.cond_scale_miltiplier
-        if denoiser.mask is not None and not denoiser.mask_before_denoising:
-            change = change * denoiser.nmask
-        after.x = after.x + change
+        return torch.stack(deltas) * denoiser.cond_scale_miltiplier
 
     def timesteps(self, denoiser: Any, sigma: Tensor) -> Tensor:
         inner = denoiser.inner_model

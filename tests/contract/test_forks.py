@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -128,17 +129,23 @@ def test_after_an_exception(fork: Host, when: int) -> None:
     assert torch.equal(fork.generate()[0], off[0])
 
 
-def test_a_wrapper_that_is_there_already(fork: Host) -> None:
-    """It stands around our calls too, with what their rows are."""
+@pytest.mark.parametrize("of_the_host", [True, False])
+def test_a_wrapper_that_is_there_already(fork: Host, of_the_host: bool) -> None:
+    """It stands around our calls too, with what their rows are. Another extension's gets the rows that it knows."""
     plain, calls = fork.generate(BOTH), []
 
-    def wrapper(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+    def theirs(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
         calls.append(args["cond_or_uncond"])
         return apply_model(args["input"], args["timestep"], **args["c"])
 
+    names = {**theirs.__globals__, "__name__": "modules_forge.wrappers"}
+    wrapper = FunctionType(theirs.__code__, names, "wrapper", None, theirs.__closure__) if of_the_host else theirs
     patcher(fork).model_options["model_function_wrapper"] = wrapper
-    assert torch.equal(fork.generate(BOTH)[0], plain[0])
-    assert calls == [[1, 0, 0], [1]] * 3
+    made: list[Tensor] = []
+    rows = fork.rows(lambda: made.extend(fork.generate(BOTH)))
+    torch.testing.assert_close(made[0], plain[0], rtol=1e-4, atol=1e-4)
+    assert rows == ([3, 1] * 3 if of_the_host else [2] * 10)
+    assert calls == ([[1, 0, 0], [1]] * 3 if of_the_host else [[1, 0]] * 3), "what theirs notes is put back"
     assert patcher(fork).model_options["model_function_wrapper"] is wrapper
 
 

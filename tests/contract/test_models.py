@@ -18,7 +18,7 @@ def infotext(host: Host, *args: Any, **fields: Any) -> str:
 
 
 @pytest.mark.parametrize(("extra", "noted"), [
-    ({}, True), ({"pag_end": 0.4}, False), ({"pag_start": 0.4, "pag_end": 0.5}, False), ({"pag_fade": True}, True),
+    ({}, True), ({"pag_end": 0.4}, False), ({"pag_start": 0.3, "pag_end": 0.5}, False), ({"pag_fade": True}, True),
     ({"pag_end": 0.4, "sag_scale": 1}, False),
 ])
 def test_a_note_only_where_guidance_would_have_acted(host: Host, extra: dict[str, Any], noted: bool) -> None:

@@ -128,7 +128,7 @@ def test_a_step_in_which_nobody_knows_the_rows(host: Host) -> None:
     host.script_callbacks.on_cfg_denoiser(whole)
     infotext = run(host, host.processing_for(PAG, batch_size=2, steps=3)).infotexts[0]
     assert "PAG: True" in infotext
-    assert "not applied in 1 of 3 steps, in which another extension called the model in its own way" in infotext
+    assert "not applied in 1 of 3 steps: another extension called the model in its own way" in infotext
 
 
 def test_a_webui_that_does_not_tell_whose_step_it_is(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,36 @@ def test_what_the_real_ones_need(
     assert any("not applied" in text or not torch.allclose(picture, plain, atol=0.02) for picture, text in made)
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_was_done_to_weights_is_not_done_once_more(host: Host, unet: nn.Module, settings: dict[str, Any]) -> None:
+    """As LoRA does, a layer changes its weights in the first call and notes on itself that it has. A call of ours finds
+    the weights changed, and so the note too.
+    """
+    layer: Any = unet.get_submodule("input_blocks.1.1.transformer_blocks.0.attn2.to_v")
+    weight = layer.weight.clone()
+
+    def patched(_: nn.Module) -> None:
+        layer.weight.copy_(weight)
+        original = layer.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if getattr(layer, "noted", ()) != ("lora", 1.0):
+                layer.weight.add_(1.0)
+                layer.noted = ("lora", 1.0)
+            out: Tensor = original(x)
+            return out
+
+        layer.forward = forward
+
+    try:
+        plain, _ = small(host, {}, put_on=patched, unet=unet)
+        guided, text = small(host, settings, put_on=patched, unet=unet)
+    finally:
+        layer.weight.copy_(weight)
+    torch.testing.assert_close(guided, plain, rtol=1e-4, atol=2e-3)
+    assert "note" not in text
+
+
 def test_a_call_that_cannot_be_made_once_more(host: Host, unet: nn.Module) -> None:
     """The picture is the unguided one and says so."""
     beyond_reach = torch.zeros(1)

@@ -78,6 +78,27 @@ def perturbed_alone(unet: nn.Module, topology: UNetTopology, text: str, rows: ra
 
 
 @pytest.mark.parametrize("own_call", [False, True], ids=["extra rows", "own call"])
+def test_what_goes_into_a_block_changed_in_place(unet: nn.Module, own_call: bool) -> None:
+    """The skip connection with it. A call of ours goes on from what was there, not from what has become of it."""
+    def halve(_: nn.Module, args: tuple[Any, ...]) -> None:
+        args[0].mul_(0.5)
+
+    topology, rows = UNetTopology(unet), range(1, 3)
+    x, sigma, cond = inputs()
+    handle = unet.get_submodule("middle_block").register_forward_pre_hook(halve)
+    try:
+        out, perturbed = denoise_with_branch(Denoise(unet), x, sigma, cond=cond, branch=Branch(
+            topology, unchanged_inputs, rows=rows, perturbed=topology.resolve("middle"),
+            manner=APART if own_call else JOINED,
+        ))  # fmt: skip
+        expected = perturbed_alone(unet, topology, "middle", rows)
+        torch.testing.assert_close(out, unet(x, sigma, context=cond["text"][0]), rtol=1e-4, atol=5e-5)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(perturbed, expected, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("own_call", [False, True], ids=["extra rows", "own call"])
 @pytest.mark.parametrize(("text", "rows"), [
     *((text, range(1, 3)) for text in PERTURBED), ("middle", range(2)), ("middle.1", range(4)), ("output.3", range(1)),
 ])

@@ -135,12 +135,12 @@ def test_which_blocks_run_with_which_rows(model: MMDiT) -> None:
 def test_for_an_own_call_one_blocks_output_is_kept(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: set[int] = set()
 
-    class Record(branch_module._Record):
+    class Record(branch_module.Record):
         def replaying(self, module: nn.Module, host: Forward) -> Forward:
             kept.add(len(self._out))
             return super().replaying(module, host)
 
-    monkeypatch.setattr(branch_module, "_Record", Record)
+    monkeypatch.setattr(branch_module, "Record", Record)
     x, t, cond = inputs()
     denoise_with_branch(Denoise(model), x, t, cond=cond, branch=branch(model, "joint.4", [0], APART))
     assert kept == {1}

@@ -77,14 +77,30 @@ def test_a_blur_of_nothing_is_attention() -> None:
     torch.testing.assert_close(made, attention(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_precision_of_the_blur(dtype: torch.dtype) -> None:
-    query = tokens(1, 20).to(dtype)
-    for sigma in (2.0, 100.0):
-        made = blur_queries(query, (4, 5), sigma=sigma)
-        assert made.dtype == dtype
-        exact = blur_queries(query.double(), (4, 5), sigma=sigma)
-        torch.testing.assert_close(made, exact.to(dtype), rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 9.0, 100.0])
+def test_precision_of_the_blur(dtype: torch.dtype, sigma: float, autocast: torch.dtype | None) -> None:
+    """What is computed in float32 is the exact one but for its last rounding, also under autocast.
+
+    The values are far from 0, and their sums beyond float16.
+    """
+    query = (tokens(1, 1600, 3) + 60).to(dtype)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        made = blur_queries(query, (40, 40), sigma=sigma)
+    assert made.dtype == dtype
+    exact = blur_queries(query.double(), (40, 40), sigma=sigma)
+    half_a_step = torch.finfo(dtype).eps / 2 * 64
+    torch.testing.assert_close(made.double(), exact, rtol=0, atol=max(1.01 * half_a_step, 1e-4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_similarities_under_autocast(dtype: torch.dtype) -> None:
+    """Tokens that are much alike: rounded similarities would choose other pairs."""
+    x = tokens(1, 1, 64) + 0.2 * tokens(2, 60, 64, seed=3)
+    with torch.autocast("cpu", dtype):
+        made = swap_least_alike(x, share=0.3)
+    assert torch.equal(made, swap_least_alike(x.double(), share=0.3).float())
 
 
 @given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), sigma=st.floats(0.5, 100))

@@ -96,9 +96,13 @@ def _encode_arrays(payload: Json) -> Json:
 
 @dataclass(frozen=True)
 class Client:
-    """Talks to one running WebUI. Safe to use from several threads: it holds nothing but the address."""
+    """Talks to one running WebUI. Safe to use from several threads: it holds nothing but the address.
+
+    ``lazy``: a checkpoint that is chosen is loaded when the next picture is made, as in forks.
+    """
 
     url: str
+    lazy: bool = False
 
     def request(
         self, path: str, payload: Json | None = None, *, timeout: float = REQUEST_TIMEOUT_S, auth: str | None = None
@@ -175,6 +179,8 @@ class Client:
         tells which one made it.
         """
         self.set_options(sd_model_checkpoint=f"{name}.safetensors")
+        if self.lazy:
+            self.txt2img(steps=1, width=64, height=64)
 
     def progress(self) -> Json:
         """State of the running generation: ``progress`` from 0 to 1 and ``state``."""

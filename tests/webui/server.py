@@ -186,8 +186,10 @@ def running_server(
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    server = Server(url=url, client=Client(url), data_folder=data_folder, log_file=log_file, process=process,
-                    host=installation.name)
+    client = Client(url, lazy=not installation.host.loads_at_start)
+    server = Server(
+        url=url, client=client, data_folder=data_folder, log_file=log_file, process=process, host=installation.name,
+    )
     try:
         server.wait_until_ready()
         yield server

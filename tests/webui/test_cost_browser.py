@@ -36,7 +36,6 @@ def set_number(page: Any, control: str, value: float) -> None:
 def opened(page: Any, client: Client) -> None:
     """A small picture's page with PAG on."""
     client.load_checkpoint("sd1")
-    client.txt2img(steps=1)
     load(page, page.url)
     for control in ("width", "height"):
         set_number(page, control, SIZE)

@@ -39,7 +39,8 @@ def chosen(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> str:
 
 def pressed(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> list[str]:
     cells = page.locator(f"{element(tab, field + '_map')} .sag-pag-u button[aria-pressed='true']")
-    return [cell.get_attribute("data-name") for cell in cells.all()]
+    names: list[str] = cells.evaluate_all("found => found.map((cell) => cell.dataset.name)")
+    return names
 
 
 def head(page: Any, tab: str = "txt2img") -> str:
@@ -264,7 +265,7 @@ def test_dragging_asks_once(page: Any, client: Client) -> None:
     before, size = len(requests), block(page, "input.1").get_attribute("data-size")
     drag(page, "#txt2img_width")
     assert len(requests) - before <= closed + 1
-    assert block(page, "input.1").get_attribute("data-size") != size
+    assert eventually(page, lambda: block(page, "input.1").get_attribute("data-size") != size)
     before = len(requests)
     drag(page, element("txt2img", "pag_scale"))
     assert len(requests) - before <= 1

@@ -16,6 +16,16 @@ ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedi
 scripts_data: list[ScriptClassData] = []
 
 
+class MaskBlendArgs:
+    def __init__(
+        self, current_latent: Any, nmask: Any, init_latent: Any, mask: Any, blended_latent: Any, denoiser: Any = None,
+        sigma: Any = None,
+    ) -> None:
+        self.current_latent, self.blended_latent = current_latent, blended_latent
+        self.nmask, self.init_latent, self.mask = nmask, init_latent, mask
+        self.denoiser, self.sigma, self.is_final_blend = denoiser, sigma, denoiser is None
+
+
 class Script:
     args_from: int
     args_to: int
@@ -36,6 +46,9 @@ class Script:
         pass
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_mask_blend(self, p: Any, mba: MaskBlendArgs, *args: Any) -> None:
         pass
 
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,6 +103,10 @@ class ScriptRunner:
                 getattr(script, method)(p, *given, *p.script_args[script.args_from : script.args_to], **kwargs)
             except Exception as error:  # noqa: BLE001 - as the host does
                 errors.report(error)
+
+    def on_mask_blend(self, p: Any, mba: MaskBlendArgs) -> None:
+        """While an inpainted picture is put together with what is protected."""
+        self.run_all("on_mask_blend", p, mba)
 
 
 def load_module(path: Path) -> ModuleType:

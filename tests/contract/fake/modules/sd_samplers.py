@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules import prompt_parser, script_callbacks, shared
+from modules import prompt_parser, script_callbacks, scripts, shared
 from modules.sd_models import SigmaDenoiser, TimestepDenoiser
 
 
@@ -68,10 +68,15 @@ class CFGDenoiser(nn.Module):
         self.model_wrap = None
         self.sampler.sampler_extra_args.update(cond=self.p.c, uncond=self.p.uc)
 
-    def _blend(self, latent: Tensor) -> Tensor:
+    def _blend(self, latent: Tensor, sigma: Tensor) -> Tensor:
         assert self.nmask is not None
         assert self.mask is not None
         blended: Tensor = latent * self.nmask + self.init_latent * self.mask
+        if self.p.scripts is not None:
+            given = (latent, self.nmask, self.init_latent, self.mask, blended)
+            mba = scripts.MaskBlendArgs(*given, denoiser=self, sigma=sigma)
+            self.p.scripts.on_mask_blend(self.p, mba)
+            blended = mba.blended_latent
         return blended
 
     def forward(
@@ -87,7 +92,7 @@ class CFGDenoiser(nn.Module):
         uncond = prompt_parser.stack(uncond)
         images = len(layout)
         if self.mask_before_denoising and self.mask is not None:
-            x = self._blend(x)
+            x = self._blend(x, sigma)
 
         image_of_row = [image for image, parts in enumerate(layout) for _ in parts]
         again = 2 if is_edit else 1
@@ -127,7 +132,7 @@ class CFGDenoiser(nn.Module):
                 for row, weight in parts:
                     denoised[image] += weight * (1.0 if skip_uncond else scale) * (x_out[row] - base[image])
         if not self.mask_before_denoising and self.mask is not None:
-            denoised = self._blend(denoised)
+            denoised = self._blend(denoised, sigma)
 
         after = script_callbacks.AfterCFGCallbackParams(
             denoised, shared.state.sampling_step, shared.state.sampling_steps
