@@ -143,7 +143,7 @@ class Modules:
     def _global_hooks(self) -> Iterator[Change]:
         for name in _GLOBAL_HOOKS:
             for hook in getattr(torch_module, name, {}).values():
-                if (function := theirs(hook)) is not None:
+                if not _is_of_torch(hook) and (function := theirs(hook)) is not None:
                     yield Change(self._network, function, hook=True)
 
 
