@@ -115,7 +115,7 @@ Perturb = Callable[..., Any]
 """From some rows of what an attention or a transformer block gets, what it puts out, or gets, instead."""
 
 
-def _copies(count: int, *, of: int, stacked: bool) -> int:
+def call_copies(count: int, *, of: int, stacked: bool) -> int:
     """How often ``of`` rows are in a call of ``count``; 0 if it is not a call of these."""
     return count // of if count % of == 0 and (stacked or count == of) else 0
 
@@ -142,7 +142,7 @@ class AttentionPatch:
         """The replacement for ``host``, the present forward of the module that makes the attention."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            copies = _copies(len(x), of=self.rows, stacked=self.stacked)
+            copies = call_copies(len(x), of=self.rows, stacked=self.stacked)
             if not copies:
                 return host(x, *args, **kwargs)
             self.applied = True
@@ -182,7 +182,7 @@ class BlockPatch:
         """The replacement for ``host``, the block's present forward."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            copies = _copies(len(x), of=self.rows, stacked=self.stacked)
+            copies = call_copies(len(x), of=self.rows, stacked=self.stacked)
             if not copies:
                 return host(x, *args, **kwargs)
             self.applied = True

@@ -21,6 +21,7 @@ from sag_pag.engine.calls import JOINED, Denoiser, Manner, NotRunError, Watch
 from sag_pag.engine.patching import Forward, forward_replaced
 from sag_pag.engine.perturbations import Perturbation, Place
 from sag_pag.engine.prefix import MakePrefixForward, Record, not_moved, shared
+from sag_pag.engine.queries import QueryPatch
 from sag_pag.engine.rows import take_rows
 from sag_pag.engine.spaces import SigmaSpace, Space
 from sag_pag.engine.trial import try_again
@@ -150,7 +151,7 @@ class _Patches:
     """What the modules around a call's attentions do, and those that tell how large the map of their tokens is."""
 
     def __init__(self) -> None:
-        self.attentions: dict[AttentionSite, AttentionPatch] = {}
+        self.attentions: dict[AttentionSite, AttentionPatch | QueryPatch] = {}
         self.blocks: dict[AttentionSite, BlockPatch] = {}
         self.sizes: dict[nn.Module, MapSize] = {}
         self.capture: MapCapture | None = None
@@ -163,6 +164,10 @@ class _Patches:
             perturb = partial(_perturb, branch, site, made._size_at(site))
             if branch.perturbation.at == "block":
                 made.blocks[site] = BlockPatch(rows, perturb, perturbed, stacked)
+            elif branch.perturbation.at == "queries":
+                made.attentions[site] = QueryPatch(
+                    rows, site.attention, made._size_at(site), perturb, perturbed, stacked
+                )
             else:
                 made.attentions[site] = AttentionPatch(
                     rows, perturb, perturbed, left_out=extra, stacked=stacked

@@ -24,8 +24,8 @@ SIMILARITIES_BUDGET = 16 * 1024 * 1024
 """Similarities of pairs that are held at a time (64 MiB in float32)."""
 
 
-Where = Literal["attention", "block"]
-"""Of which module a perturbation replaces the call, or what goes into it."""
+Where = Literal["attention", "queries", "block"]
+"""Of which module a perturbation replaces the call, or what goes into it; or what its ``to_q`` puts out."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Place:
 class Perturbation:
     """``run`` makes of a perturbed row's tokens something else: of a U-Net's ``(rows, tokens, channels)``.
 
-    At ``attention`` they are the self-attention's input and become its output; at ``block`` they are the transformer
-    block's input and remain it. ``operations`` is what that costs a row, with the attention itself where it still runs.
+    At ``attention`` they are the self-attention's input and become its output; at ``queries`` they are its queries, and
+    at ``block`` the transformer block's input, and remain that. ``operations`` is what that costs a row, with the
+    attention itself where it still runs.
     """
 
     at: Where
@@ -64,19 +65,12 @@ def _identity_operations(attention: nn.Module, size: Size, _: Settings) -> int:
     return sum(linear_operations(attention.get_submodule(name), tokens) for name in ("to_v", "to_out"))
 
 
-def blurred_attention(place: Place, tokens: Tensor, settings: Settings) -> Tensor:
-    """Self-attention whose queries are blurred over the feature map (SEG, arXiv 2408.00760).
+def blurred_queries(place: Place, query: Tensor, settings: Settings) -> Tensor:
+    """Queries blurred over the feature map; keys, values and softmax stay (SEG, arXiv 2408.00760).
 
-    Keys, values and softmax stay. Raises ``MergedTokensError`` if the tokens do not fill the map.
+    Raises ``MergedTokensError`` if the tokens do not fill the map.
     """
-    attention, heads = place.attention, int(place.attention.heads)  # type: ignore[arg-type]
-    key_input, value_input = place.inputs(tokens)
-    query = blur_queries(unhooked(attention, "to_q")(tokens), place.size, sigma=settings.pag_query_blur)
-    key, value = unhooked(attention, "to_k")(key_input), unhooked(attention, "to_v")(value_input)
-    by_head = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
-    out = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
-    result: Tensor = unhooked(attention, "to_out")(out)
-    return result
+    return blur_queries(query, place.size, sigma=settings.pag_query_blur)
 
 
 def blur_queries(query: Tensor, size: Size, *, sigma: float) -> Tensor:
@@ -180,6 +174,6 @@ def _swapped_operations(attention: nn.Module, size: Size, settings: Settings) ->
 
 PERTURBATIONS: Mapping[str, Perturbation] = {
     IDENTITY: Perturbation("attention", identity_attention, _identity_operations),
-    BLURRED: Perturbation("attention", blurred_attention, _blurred_operations),
+    BLURRED: Perturbation("queries", blurred_queries, _blurred_operations),
     SWAPPED: Perturbation("block", swapped_tokens, _swapped_operations),
 }

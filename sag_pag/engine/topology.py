@@ -69,7 +69,7 @@ class UNetSite(AttentionSite):
         return self.transformer, 1
 
     def module_at(self, where: Where) -> nn.Module:
-        return self.attention if where == "attention" else self.transformer_block
+        return self.transformer_block if where == "block" else self.attention
 
     def tokens(self, x: Any, *_: Any, **__: Any) -> Any:
         return x

@@ -22,9 +22,8 @@ class Stand:
 
 STANDS_FOR = {
     "counter": Stand(
-        "counts attentions to tell the prompt's call from the other", needs="state", rows=(
-            "NegPiP, unequal lengths", "NegPiP, batching off", "Regional Prompter, attention, batching off",
-        ),
+        "counts attentions to tell the prompt's call from the other", needs="state",
+        rows=("NegPiP, unequal lengths", "NegPiP, batching off"),
     ),
     "hook": Stand(
         "hooks that note what the rows of a call are", needs="looking",

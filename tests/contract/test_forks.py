@@ -17,6 +17,7 @@ from torch import Tensor
 KINDS = ("backend", "ldm_patched")
 BOTH = {"sag_scale": 0.75, "pag_scale": 3.0}
 PAG = {"pag_scale": 3.0}
+SEG = {**PAG, "pag_perturbation": "blurred queries"}
 NOTE = "SAG/PAG note"
 MASK = torch.zeros(1, 4, 8, 6)
 MASK[..., 2:5] = 1
@@ -25,7 +26,7 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "SAG": ("sd1", {"sag_scale": 0.75}, {}),
     "both": ("sd1", BOTH, {}),
     "late blocks": ("sd1", {**BOTH, "pag_blocks": "output.1", "sag_block": "middle"}, {}),
-    "blurred queries": ("sd1", {**PAG, "pag_perturbation": "blurred queries"}, {}),
+    "blurred queries": ("sd1", SEG, {}),
     "swapped tokens": ("sd1", {**PAG, "pag_perturbation": "swapped tokens"}, {}),
     "a batch": ("sd1", BOTH, {"batch_size": 2}),
     "AND with weights": ("sd1", {**BOTH, "rescale": 0.5}, {"batch_size": 2, "prompt": "a AND b c :0.6 AND d :-0.3"}),
@@ -183,7 +184,7 @@ def test_control_is_asked_once_a_picture(fork: Host) -> None:
 
 
 @pytest.mark.parametrize("free", [1e12, 0])
-@pytest.mark.parametrize("settings", [PAG, BOTH])
+@pytest.mark.parametrize("settings", [PAG, BOTH, SEG], ids=["PAG", "both", "SEG"])
 def test_an_attention_that_others_have_replaced(fork: Host, settings: Any, free: float) -> None:
     """The replacement sees the host's rows, with options that are of these; a fork's own SAG works so."""
     memory(fork, free)
@@ -203,6 +204,13 @@ def test_an_attention_that_others_have_replaced(fork: Host, settings: Any, free:
     assert [0, 0] not in [chunks for *_, chunks in seen]
     own_call = [2, 1] if free else [1, 1, 1]
     assert fork.rows(lambda: fork.generate(PAG, steps=1)) == own_call
+
+
+def test_blurred_queries_do_nothing_where_nobody_asks_for_them(fork: Host) -> None:
+    """A replacement in which each token sees its own value alone."""
+    replaced = {"attn1": {("middle", 0, 0): lambda _q, _k, v, _o: v}}
+    patcher(fork).model_options["transformer_options"]["patches_replace"] = replaced
+    assert_same(fork.generate({**SEG, "pag_scale": 20.0}), fork.generate({}))
 
 
 def test_the_forks_own_pag_beside_ours(fork: Host) -> None:

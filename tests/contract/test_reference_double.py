@@ -203,6 +203,18 @@ def test_what_the_real_one_needs(host: Host, unet: nn.Module, monkeypatch: pytes
     assert "a call made once more gives something else" in text
 
 
+@pytest.mark.parametrize("own_call", [False, True])
+def test_the_blur_of_one_token_changes_nothing(host: Host, unet: nn.Module, own_call: bool) -> None:
+    """Whatever keys and values it looks at: the reference's stay."""
+    host.shared.sd_model.lowvram = own_call
+    settings = {"pag_scale": 20, "pag_perturbation": "blurred queries"}
+    picture, text = made(host, unet, settings, size=SMALL)
+    plain, _ = made(host, unet, {}, size=SMALL)
+    torch.testing.assert_close(picture, plain, rtol=1e-4, atol=2e-3)
+    assert "PAG perturbation: blurred queries" in text
+    host.shared.sd_model.lowvram = False
+
+
 def test_sag_with_an_empty_mask_changes_nothing(host: Host, unet: nn.Module) -> None:
     picture, text = made(host, unet, {"sag_scale": 5, "sag_threshold": 3}, size=SMALL)
     plain, _ = made(host, unet, {}, size=SMALL)

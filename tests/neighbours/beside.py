@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,9 +43,9 @@ class Beside:
     def rows(self) -> str:
         """The rows of each U-Net call of the last picture's last step."""
         state = self.server.client.call("/probe/state")
-        return "+".join(
-            str(rows) for rows, time in zip(state["calls"], state["times"], strict=True) if time == state["times"][-1]
-        )
+        last = state["times"][-1]
+        calls = zip(reversed(state["calls"]), reversed(state["times"]), strict=True)
+        return "+".join(reversed([str(rows) for rows, _ in itertools.takewhile(lambda call: call[1] == last, calls)]))
 
     def operations(self, settings: Settings | None = None, *, idle: bool = False) -> int:
         """Of the U-Net in all steps of a larger picture but the first."""

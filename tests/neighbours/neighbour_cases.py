@@ -88,12 +88,13 @@ def _negpip(name: str, **more: Any) -> Case:
     return Case(name, "sd-webui-negpip", {"negpip": {"args": [True]}}, **more)
 
 
-def _regional(name: str, **more: Any) -> Case:
+def _regional(name: str, negative: str = "bad", **more: Any) -> Case:
+    """Where both prompts are of a length it counts, else it goes by the length."""
     values = [
         True, False, "Matrix", "Columns", "Mask", "Prompt", "1,1", "0.2", False, False, False, "Attention", [False],
         "0", "0", "0.4", None, "0", "0", False,
     ]
-    payload = {"prompt": "a cat BREAK a dog", "negative_prompt": "bad"}
+    payload = {"prompt": "a cat BREAK a dog", "negative_prompt": negative}
     return Case(name, "sd-webui-regional-prompter", {"regional prompter": {"args": values}}, payload=payload, **more)
 
 
@@ -135,11 +136,11 @@ CASES = (
     _negpip("NegPiP, unequal lengths", payload={"prompt": "a cat (dog:-1.0)" + ", very long" * 60}),
     _negpip("NegPiP, batching off", payload={"prompt": "a cat (dog:-1.0)"}, options=APART),
     _regional("Regional Prompter, attention"),
-    _regional("Regional Prompter, attention, batching off", options=APART),
+    _regional("Regional Prompter, attention, batching off", "bad BREAK worse", options=APART),
     Case("Kohya hires. fix", "sd-webui-kohya-hiresfix", {"kohya hires.fix": {"args": [True]}}, payload={
         "steps": 8
     }),
-    Case("incantations, SEG", "sd-webui-incantations", _incantations(_0=True)),
+    Case("incantations, SEG", "sd-webui-incantations", _incantations(_0=True), size=256, null=()),
     Case("incantations, S-CFG", "sd-webui-incantations", _incantations(_4=True)),
     Case(
         "DeepCache standalone", "sd-webui-deepcache-standalone", noted=True, payload={"steps": 8}, options={

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from client import Generation
+from fitted import fitted
 from installations import Installation
 from neighbour_cases import CONTROLNET, unit
 from real_hosts import LEVEL, NULL, OURS, PROBE, TINY, difference, ours, started
-from server import REPOSITORY, Server
+from server import Server
 
 FOLDERS = (
     CONTROLNET, "sd-dynamic-thresholding", "sd-webui-cads", "sd-webui-freeu", "sd-webui-lora-block-weight",
@@ -30,10 +31,11 @@ CHANGES = {"pag": {"pag_enabled": True, "pag_scale": 3}, "sag": {"sag_enabled": 
 def webui(
     webui_installation: Installation, neighbours_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    extensions = {**OURS, **PROBE, "tiny-free-u": REPOSITORY / "tests/neighbours/tiny_free_u"}
+    folder = tmp_path_factory.mktemp("many")
+    extensions = {**OURS, **PROBE, **{name: fitted(neighbours_folder / name, folder / "fitted") for name in FOLDERS}}
     with started(
-        webui_installation, neighbours_folder, tmp_path_factory.mktemp("many"), folders=FOLDERS,
-        extensions=extensions, arguments=["--controlnet-dir", f"{neighbours_folder}-tiny"],
+        webui_installation, neighbours_folder, folder / "data", extensions=extensions,
+        arguments=["--controlnet-dir", f"{neighbours_folder}-tiny"],
     ) as server:
         yield server
 

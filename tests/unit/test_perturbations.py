@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from sag_pag.demo.unet import CrossAttention, redraw_
 from sag_pag.engine import perturbations as ours
-from sag_pag.engine.attention import unchanged_inputs
-from sag_pag.engine.perturbations import Place, blur_queries, blurred_attention, swap_least_alike, swapped_tokens
+from sag_pag.engine.attention import MapSize, unchanged_inputs
+from sag_pag.engine.patching import Forward
+from sag_pag.engine.perturbations import Place, blur_queries, blurred_queries, swap_least_alike, swapped_tokens
+from sag_pag.engine.queries import QueryPatch
 from sag_pag.guidance import MergedTokensError
 from sag_pag.settings import BLURRED, SWAPPED, Settings
 
@@ -39,8 +43,29 @@ def ssg(*, share: float) -> Settings:
     return Settings(pag_enabled=True, pag_perturbation=SWAPPED, pag_swap=share)
 
 
+def blurred(
+    attention: CrossAttention, x: Tensor, size: tuple[int, int], sigma: float, *, rows: Sequence[int] = (0, 1),
+    host: Forward | None = None, **given: Any,
+) -> Tensor:
+    """What the attention, or a ``host`` in its place, puts out where these rows are perturbed."""
+    map_size = MapSize()
+    map_size.size = size
+    place = Place(attention, size, unchanged_inputs)
+    patch = QueryPatch(
+        len(x), attention, map_size, lambda query: blurred_queries(place, query, seg(sigma=sigma)),
+        [row for row in rows if row < len(x)],
+    )
+    made: Tensor = patch.wrap(host or attention.forward)(x, **given)
+    assert patch.applied
+    assert "forward" not in vars(attention.to_q)
+    return made
+
+
 def whole_map(attention: CrossAttention, x: Tensor, query: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Softmax attention with the whole map, head by head, for one row's queries ``(tokens, channels)``."""
+    """Softmax attention with the whole map, head by head, for one row's queries ``(tokens, channels)``.
+
+    ``x`` are what keys and values are made of.
+    """
     weight = {name: getattr(attention, name).weight.double().numpy() for name in ("to_k", "to_v")}
     out = attention.to_out[0]
     key, value = (x.double().numpy() @ weight[name].T for name in ("to_k", "to_v"))
@@ -57,24 +82,85 @@ def whole_map(attention: CrossAttention, x: Tensor, query: np.ndarray[Any, Any])
 def test_blurred_queries(size: tuple[int, int], sigma: float) -> None:
     """SEG: the Gaussian works over the map as it lies, reflected at its edges; endless, it gives the mean."""
     attention, x = layer(), tokens(2, size[0] * size[1])
-    made = blurred_attention(Place(attention, size, unchanged_inputs), x, seg(sigma=sigma))
+    made = blurred(attention, x, size, sigma)
     for row in range(2):
-        query = x[row].double().numpy() @ attention.to_q.weight.double().numpy().T
-        grid = query.reshape(*size, WIDTH)
-        if sigma == 100:
-            grid = np.broadcast_to(grid.mean(axis=(0, 1)), grid.shape)
-        else:
-            radius = int(np.ceil(3 * sigma))
-            grid = ndimage.gaussian_filter(grid, sigma, axes=(0, 1), mode="mirror", radius=radius)
-        expected = whole_map(attention, x[row], grid.reshape(-1, WIDTH))
+        expected = whole_map(attention, x[row], naive_blur(attention, x[row], size, sigma))
         torch.testing.assert_close(made[row].double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+def naive_blur(attention: CrossAttention, x: Tensor, size: tuple[int, int], sigma: float) -> np.ndarray[Any, Any]:
+    query = x.double().numpy() @ attention.to_q.weight.double().numpy().T
+    grid = query.reshape(*size, WIDTH)
+    if sigma == 100:
+        grid = np.broadcast_to(grid.mean(axis=(0, 1)), grid.shape)
+    else:
+        radius = int(np.ceil(3 * sigma))
+        grid = ndimage.gaussian_filter(grid, sigma, axes=(0, 1), mode="mirror", radius=radius)
+    return grid.reshape(-1, WIDTH)
+
+
+def test_keys_and_values_are_what_the_host_gives_and_other_rows_stay() -> None:
+    """A longer context, as ControlNet's reference modes hand over."""
+    attention, x, context = layer(), tokens(3, 12), tokens(3, 20, seed=5)
+    made, plain = blurred(attention, x, (3, 4), 2.0, rows=[2], context=context), attention(x, context=context)
+    assert torch.equal(made[:2], plain[:2])
+    expected = whole_map(attention, context[2], naive_blur(attention, x[2], (3, 4), 2.0))
+    torch.testing.assert_close(made[2].double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("down", "across"), [(1, 2), (2, 1), (2, 3), (4, 1), (1, 1)])
+@pytest.mark.parametrize("sigma", [1.5, 100.0])
+def test_attention_in_tiles(down: int, across: int, sigma: float) -> None:
+    """As HyperTile cuts it: queries are those of the whole map, and see what is in their tile."""
+    attention, x, size = layer(), tokens(3, 24), (4, 6)
+    pattern = {"down": down, "across": across, "h": 4 // down, "w": 6 // across}
+
+    def cut(tensor: Tensor) -> Tensor:
+        return rearrange(tensor, "b (down h across w) c -> (b down across) (h w) c", **pattern)
+
+    def host(tensor: Tensor) -> Tensor:
+        out = attention(cut(tensor)) if down * across > 1 else attention(tensor)
+        return rearrange(out, "(b down across) (h w) c -> b (down h across w) c", **pattern)  # type: ignore[no-any-return]
+
+    made = blurred(attention, x, size, sigma, rows=[0, 2], host=host)
+    assert torch.equal(made[1], host(x)[1])
+    for row in (0, 2):
+        query = cut(torch.from_numpy(naive_blur(attention, x[row], size, sigma).copy())[None])
+        parts = [whole_map(attention, own, q.numpy()) for own, q in zip(cut(x[row][None]), query, strict=True)]
+        expected = rearrange(np.stack(parts), "(b down across) (h w) c -> b (down h across w) c", **pattern)[0]
+        torch.testing.assert_close(made[row].double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_cut_in_another_way_is_no_map() -> None:
+    attention, x = layer(), tokens(2, 24)
+
+    def host(tensor: Tensor) -> Tensor:
+        return attention(tensor.reshape(4, 12, WIDTH)).reshape(2, 24, WIDTH)  # type: ignore[no-any-return]
+
+    assert blurred(attention, x, (4, 6), 2.0, host=host).isfinite().all(), "two tiles, one below the other"
+    with pytest.raises(MergedTokensError, match="2 x 12 tokens are no tiles of a feature map of 3 x 8"):
+        blurred(attention, x, (3, 8), 2.0, host=host)
+    with pytest.raises(MergedTokensError, match="12 tokens do not fill a feature map of 4 x 6"):
+        blurred(attention, x[:, ::2], (4, 6), 2.0)
+
+
+def test_calls_of_to_q_with_other_rows_are_the_hosts() -> None:
+    """An extension's own, within the attention's."""
+    attention, x = layer(), tokens(3, 12)
+    seen = []
+
+    def host(tensor: Tensor) -> Tensor:
+        seen.append(attention.to_q(tensor[:2]))
+        return attention(tensor)  # type: ignore[no-any-return]
+
+    blurred(attention, x, (3, 4), 2.0, rows=[0, 1], host=host)
+    assert torch.equal(seen[0], attention.to_q(x[:2]))
 
 
 def test_a_blur_of_nothing_is_attention() -> None:
     """Where all queries are alike a blur changes none."""
     attention, x = layer(), tokens(1, 1).expand(2, 12, -1)
-    made = blurred_attention(Place(attention, (3, 4), unchanged_inputs), x, seg(sigma=3))
-    torch.testing.assert_close(made, attention(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(blurred(attention, x, (3, 4), 3), attention(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
@@ -117,12 +203,6 @@ def test_a_blur_keeps_constants_and_stays_between(size: tuple[int, int], sigma: 
 def test_tokens_that_do_not_fill_the_map() -> None:
     with pytest.raises(MergedTokensError, match="10 tokens do not fill a feature map of 3 x 4"):
         blur_queries(tokens(1, 10), (3, 4), sigma=1.0)
-
-
-def test_hypernetworks_change_keys_and_values_of_blurred_attention() -> None:
-    x = tokens(1, 12)
-    changed = blurred_attention(Place(layer(), (3, 4), lambda t: (t, t * 0)), x, seg(sigma=2))
-    torch.testing.assert_close(changed, layer().to_out[0].bias.expand_as(changed))
 
 
 def naive_swap(items: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:

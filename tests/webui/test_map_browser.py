@@ -44,7 +44,7 @@ def pressed(page: Any, tab: str = "txt2img", field: str = "pag_blocks") -> list[
 
 
 def head(page: Any, tab: str = "txt2img") -> str:
-    return str(page.locator(f"{element(tab, 'panel')} .sag-pag-head").inner_text())
+    return " ".join(page.locator(f"{element(tab, 'panel')} .sag-pag-head").inner_text().split())
 
 
 def prices(page: Any) -> tuple[str, str]:
