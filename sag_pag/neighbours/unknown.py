@@ -40,6 +40,7 @@ def written_in(function: Any) -> str:
 
 def extension_of(function: Any) -> str:
     """What to call the extension that a function is of: its folder, or else its module."""
+    function = _their_part(function) or function
     folder = _EXTENSION.search(_file_of(function))
     return folder[1] if folder else written_in(function).removesuffix(".py")
 
@@ -50,9 +51,13 @@ def _file_of(function: Any) -> str:
 
 
 def theirs(function: Any) -> Any:
-    """A function, or what it wraps, if that is another extension's: none of the host's, which brings some extensions
-    along, nor of a library's. ``None`` if nothing is.
+    """A function that is another extension's or wraps one of its own: none of the host's, which brings some extensions
+    along, nor of a library's. ``None`` if it is not.
     """
+    return function if _their_part(function) is not None else None
+
+
+def _their_part(function: Any) -> Any:
     for _ in range(_DEEPEST):
         if isinstance(function, functools.partial):
             function = function.func

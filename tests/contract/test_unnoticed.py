@@ -273,6 +273,7 @@ class MultiDiffusion:
         self.at_once = at_once
         self.h, self.w = size
 
+    @torch.no_grad()  # wrapped in a function of torch's, as theirs is
     def kdiff_forward(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         tiles, outs = list(x.chunk(4, dim=2)), []
         for first in range(0, 4, self.at_once):
