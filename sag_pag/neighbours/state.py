@@ -203,13 +203,18 @@ class State:
         def own() -> dict[str, Any]:
             return {name: value for name, value in names.items() if name not in _OF_TORCH}
 
-        def counters() -> dict[str, Any]:
-            return {name: value for name, value in own().items() if isinstance(value, (int, float, list, dict))}
-
         before = own()
-        self._before.append(of_names(counters(), counters, put_into(names)))
+        counters = {name: value for name, value in before.items() if _counts(value)}
+
+        def counters_now() -> dict[str, Any]:
+            return {
+                name: value for name, value in own().items()
+                if name in counters or (name not in before and _counts(value))
+            }
+
+        self._before.append(of_names(counters, counters_now, put_into(names)))
         self._after.append(of_names(before, own, put_into(names)))
-        self._wait_for((before if is_foreign(origin(type(module))) else counters()).values())
+        self._wait_for((before if is_foreign(origin(type(module))) else counters).values())
         self._waiting.append(type(module))
 
     def _keep(self, restore: Restore) -> None:
@@ -218,6 +223,10 @@ class State:
 
     def _wait_for(self, things: Iterable[Any]) -> None:
         self._waiting.extend(islice(things, _LARGEST))
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, (int, float, list, dict))
 
 
 def _is_code(value: Any) -> bool:

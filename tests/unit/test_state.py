@@ -240,16 +240,17 @@ def test_generators(generator: Any) -> None:
 def test_what_is_on_a_module_of_the_model() -> None:
     """Before a call of ours its counters go back; what says what was done to its weights does not, until after."""
     module = nn.Linear(2, 2)
-    module.calls, module._own, module.done = 1, 1, ("before",)
+    module.calls, module._own, module.done, module.cache = 1, 1, ("before",), None
     state = State([module])
     module.calls, module._own, module.done, module.noted, module.backup = 2, 2, ("changed",), 3, torch.ones(1)
+    module.cache = [1]
     state.restore(references=False)
     assert (module.calls, module._own) == (1, 1)
-    assert module.done == ("changed",)
+    assert (module.done, module.cache) == (("changed",), [1])
     assert not hasattr(module, "noted")
     assert hasattr(module, "backup")
     state.restore()
-    assert module.done == ("before",)
+    assert (module.done, module.cache) == (("before",), None)
     assert not hasattr(module, "backup")
 
 
