@@ -61,7 +61,7 @@ def run_grid(arguments: Sequence[str]) -> None:
     parser.epilog = f"Other commands: {', '.join(name for name in COMMANDS if name != 'grid')}; each has --help."
     parser.add_argument("--prompt", action="append", help="a caption like 'big red star on green'; repeatable")
     parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3, 4, 5, 6], help="like 1-4,9 (default: 1-6)")
-    parser.add_argument("--cfg", type=_cfg, default=3.0, help="CFG scale of the lower half (default: 3)")
+    parser.add_argument("--cfg", type=_cfg, default=1.5, help="CFG scale of the lower half (default: 1.5)")
     add_steps(parser)
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="euler")
     parser.add_argument("--output", type=Path, default=Path("sag-pag-demo.png"), help="where to write the picture")
