@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ def written_in(function: Any) -> str:
 
 def extension_of(function: Any) -> str:
     """What to call the extension that a function is of: its folder, or else its module."""
-    function = _their_part(function) or function
+    function = next(filter(_is_theirs, _wrapping(function)), function)
     folder = _EXTENSION.search(_file_of(function))
     return folder[1] if folder else written_in(function).removesuffix(".py")
 
@@ -51,21 +52,29 @@ def _file_of(function: Any) -> str:
 
 
 def theirs(function: Any) -> Any:
-    """A function that is another extension's or wraps one of its own: none of the host's, which brings some extensions
-    along, nor of a library's. ``None`` if it is not.
+    """A function, or what it wraps, if that is another extension's: none of the host's, which brings some extensions
+    along, nor of a library's. ``None`` if nothing is. A method that wraps one is given with the object that it is of.
     """
-    return function if _their_part(function) is not None else None
+    method = None
+    for part in _wrapping(function):
+        method = part if isinstance(part, MethodType) else method
+        if _is_theirs(part):
+            return part if method is None else method
+    return None
 
 
-def _their_part(function: Any) -> Any:
+def _is_theirs(function: Any) -> bool:
+    return is_foreign(written_in(function)) and not _BUILT_IN.search(_file_of(function))
+
+
+def _wrapping(function: Any) -> Iterator[Any]:
+    """A function and those that it wraps, from outside in."""
     for _ in range(_DEEPEST):
         if isinstance(function, functools.partial):
             function = function.func
         elif function is not None:
-            if is_foreign(written_in(function)) and not _BUILT_IN.search(_file_of(function)):
-                return function
+            yield function
             function = getattr(function, "__wrapped__", None)
-    return None
 
 
 @dataclass(frozen=True)

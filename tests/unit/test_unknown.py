@@ -26,6 +26,8 @@ HOST = elsewhere("modules.sd_hijack_optimizations")
 def test_another_extensions() -> None:
     for function in (own, functools.partial(own, 1), own.__get__(object()), torch.no_grad()(own)):
         assert getattr(theirs(function), "__func__", theirs(function)) is own
+    method = torch.no_grad()(own).__get__([])
+    assert theirs(method) is method, "what it is of is not lost"
     passed_off = functools.wraps(HOST)(lambda *args: HOST(*args))
     assert theirs(passed_off) is passed_off, "it has the name of what it wraps"
 
