@@ -137,18 +137,19 @@ def put_into_slots(slots: Mapping[str, Any], thing: Any) -> Put:
 
 def of_generator(thing: Any) -> Restore | None:
     """Puts a random generator's present state back; nothing for what is none, or has none as the system's."""
-    if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):
+    kind = type(thing)  # not ``isinstance``: a stand-in may load what it stands for when it is asked what it is
+    if issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
         return functools.partial(thing.setstate, thing.getstate())
-    if isinstance(thing, torch.Generator):
+    if issubclass(kind, torch.Generator):
         state = thing.get_state()
 
         def restore() -> None:
             thing.set_state(state)
 
         return restore
-    if isinstance(thing, np.random.RandomState):
+    if issubclass(kind, np.random.RandomState):
         return functools.partial(thing.set_state, thing.get_state())
-    if isinstance(thing, np.random.Generator):
+    if issubclass(kind, np.random.Generator):
         bits = thing.bit_generator
         return functools.partial(setattr, bits, "state", bits.state)
     return None

@@ -8,7 +8,6 @@ they are methods of, the names of modules that their code uses. Nobody need know
 from __future__ import annotations
 
 import functools
-import random
 import sys
 import types
 from collections import deque
@@ -16,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sag_pag.neighbours.contents import (
@@ -38,7 +35,6 @@ _HOST_AND_US = {
 """Not to be rewound: the host's own. Its LoRA notes on a layer what it has done to the layer's weights."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS = (list, dict, set, deque)
-_GENERATORS = (random.Random, torch.Generator, np.random.RandomState, np.random.Generator)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _LARGEST = 1000
 """Of a collection no more items than this are looked into."""
@@ -97,9 +93,8 @@ class State:
             self._waiting.append(thing.__func__)
         elif issubclass(kind, property):
             self._wait_for((thing.fget, thing.fset))
-        elif issubclass(kind, _GENERATORS):
-            if (state := of_generator(thing)) is not None:
-                self._keep(state)
+        elif (generator := of_generator(thing)) is not None:
+            self._keep(generator)
         elif issubclass(kind, _COLLECTIONS):
             self._keep(of_collection(thing))
             self._wait_for(dict.values(thing) if issubclass(kind, dict) else kind.__iter__(thing))
