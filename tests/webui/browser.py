@@ -18,6 +18,7 @@ def opened_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
     """The WebUI's page in a context of its own, loaded and set up."""
     window = browser.new_context(viewport={"width": 1400, "height": 1600}, **context)
     page = window.new_page()
+    page.set_default_timeout(60_000)  # on a busy machine the host's page alone takes many seconds
     load(page, url)
     yield page
     window.close()
