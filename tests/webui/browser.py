@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,13 @@ def screenshot(target: Any, name: str) -> None:
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         target.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def keep(picture: Path, name: str) -> None:
+    """Copies a picture into that folder."""
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        shutil.copy(picture, Path(folder) / f"{name}.png")
 
 
 def element(tab: str, name: str) -> str:

@@ -40,12 +40,15 @@ def test_the_whole_panel_is_translated(browser: Any, start_server: Callable[...,
         assert english & set(shown) == set()
         assert len(set(words.values()) & set(shown)) > 70
         page.locator(element(TAB, "preset_no")).click()
-        page.locator(f"{element(TAB, 'preset')} input").click()
+        box = page.locator(f"{element(TAB, 'preset')} input")
+        assert box.input_value() == words["Off"]
+        box.click()
         page.wait_for_timeout(300)
         listed = page.locator(f"{element(TAB, 'preset')} ul li").all_inner_texts()
         assert words["Half the extra time"] in [text.strip(" ✓\n") for text in listed]
         page.locator(f"{element(TAB, 'preset')} ul li", has_text=words["Subtle"]).click()
         page.wait_for_timeout(1000)
+        assert box.input_value() == words["Subtle"]
         assert page.locator(element(TAB, "preset_status")).first.inner_text().startswith(
             words[next(key for key in words if key.startswith("For a picture that is nearly good"))]
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from browser import READY, element, generate, load, open_panel, opened_page, screenshot, text_field
+from browser import READY, element, generate, keep, load, open_panel, opened_page, screenshot, text_field
 from client import Client
-from server import Server
+from installations import Installation
+from server import REPOSITORY, Server, environment
 from test_generation import state
 
 
@@ -51,6 +54,58 @@ def test_what_sag_sees_is_in_the_gallery(page: Any, client: Client) -> None:
     generate(page, steps=4)
     assert page.locator("#txt2img_gallery .thumbnails button, #txt2img_gallery .grid-container button").count() >= 2
     screenshot(page, "what-sag-sees")
+
+
+PRINTED = """
+import sys
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from sag_pag.webui.texts import PASSES
+sheet = np.asarray(Image.open(sys.argv[1]).convert("L"))
+for hires, words in PASSES.items():
+    if not hires:
+        continue
+    drawn = Image.new("L", (256, 24), 255)
+    ImageDraw.Draw(drawn).text((0, 8), words.strip(), fill=0, font=ImageFont.load_default())
+    ink = np.asarray(drawn)
+    rows, columns = (np.flatnonzero((ink < 255).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    windows = np.lib.stride_tricks.sliding_window_view(sheet[:48], ink.shape)
+    for left in np.flatnonzero((windows == ink).all((2, 3)).any(0)):
+        print(left, hires)
+"""
+"""Run by the host's Python, which draws letters as it does on the sheet: where each pass's name stands."""
+
+
+def test_a_sheet_says_which_pass_its_columns_are_of(
+    page: Any, client: Client, webui: Server, host: str, installation: Installation, tmp_path: Path
+) -> None:
+    """With hires. fix: two steps of the first pass, then two of the hires pass."""
+    client.load_checkpoint("sd1")
+    open_panel(page, "txt2img", "sag")
+    page.locator(f"{element('txt2img', 'sag_show')} input").check()
+    page.locator("#txt2img_hr > .label-wrap").click()
+    page.wait_for_timeout(1000)
+    if host == "neo":  # it has no other without a download
+        page.locator("#txt2img_hr_upscaler input").click()
+        page.locator("#txt2img_hr_upscaler ul li", has_text="None").first.click()
+    page.locator("#txt2img_hr_scale input[type=number]").fill("1.5")
+    page.locator("#txt2img_denoising_strength input[type=number]").fill("1")
+    page.keyboard.press("Tab")
+    generate(page, steps=2)
+    pictures = page.locator("#txt2img_gallery img").evaluate_all("found => found.map((picture) => picture.src)")
+    with urllib.request.urlopen(pictures[-1]) as answer:
+        sheet = tmp_path / "sheet.png"
+        sheet.write_bytes(answer.read())
+    keep(sheet, "hires-sheet")
+    printed = subprocess.run(
+        [installation.python, "-c", PRINTED, sheet], env=environment(installation) | {"PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    columns = sorted((int(left), name) for left, _, name in (line.partition(" ") for line in printed.splitlines()))
+    assert [name for _, name in columns] == ["first pass", "first pass", "hires pass", "hires pass"]
+    text = " ".join(page.locator("#html_info_txt2img").first.inner_text().split())
+    assert "Hires upscale: 1.5" in text
 
 
 def test_load_time(
