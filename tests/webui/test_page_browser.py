@@ -151,6 +151,7 @@ def test_a_translation(browser: Any, start_server: Callable[..., Server], tmp_pa
     server = start_server(
         "translated", data_folder=folder, extensions=extension, options={"localization": "test"}, arguments=arguments,
     )  # fmt: skip
+    server.client.load_checkpoint("sd1")
     with opened_page(browser, server.url) as page:
         panel = open_panel(page, "txt2img")
         head = panel.locator(".sag-pag-head")
