@@ -12,6 +12,8 @@ from typing import Any
 
 SCRIPT = "selfattention__perturbedattention_guidance"
 READY = "#txt2img_generate"
+PICTURES = "#txt2img_gallery img:not(.livePreview *)"
+"""The gallery's, without the one that is in the making."""
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def generate(page: Any, *, steps: int = 2) -> None:
         field.fill(str(value))
         field.press("Tab")
     page.locator("#txt2img_generate").click()
-    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
+    page.wait_for_selector(PICTURES, timeout=60_000)
     page.wait_for_timeout(1500)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from browser import element, number, screenshot, ticked
+from browser import PICTURES, element, number, screenshot, ticked
 from client import Client
 from test_generation import guided
 
@@ -25,7 +25,7 @@ def test_paste_and_send(page: Any, client: Client) -> None:
     assert page.locator(f"{element('txt2img', 'pag_blocks')} :is(textarea, input)").input_value() == "middle, output.3"
     assert page.locator(f"{element('txt2img', 'pag_fade')} input").is_checked()
     page.locator("#txt2img_generate").click()
-    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
+    page.wait_for_selector(PICTURES, timeout=60_000)
     page.wait_for_timeout(2000)
     assert "PAG scale: 2.35" in page.locator("#html_info_txt2img").first.inner_text()
     screenshot(page, "panel-generated")

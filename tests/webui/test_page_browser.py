@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from browser import READY, element, generate, keep, load, open_panel, opened_page, screenshot, text_field
+from browser import PICTURES, READY, element, generate, keep, load, open_panel, opened_page, screenshot, text_field
 from client import Client
 from installations import Installation
 from server import REPOSITORY, Server, environment
@@ -93,7 +93,7 @@ def test_a_sheet_says_which_pass_its_columns_are_of(
     page.locator("#txt2img_denoising_strength input[type=number]").fill("1")
     page.keyboard.press("Tab")
     generate(page, steps=2)
-    pictures = page.locator("#txt2img_gallery img").evaluate_all("found => found.map((picture) => picture.src)")
+    pictures = page.locator(PICTURES).evaluate_all("found => found.map((picture) => picture.src)")
     with urllib.request.urlopen(pictures[-1]) as answer:
         sheet = tmp_path / "sheet.png"
         sheet.write_bytes(answer.read())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import element, number, open_fold, open_panel, opened_page, screenshot, ticked
+from browser import PICTURES, element, number, open_fold, open_panel, opened_page, screenshot, ticked
 from browser import load as load_page
 from client import Client
 from server import Server
@@ -254,7 +254,7 @@ def test_pasting_what_another_extension_wrote(page: Any, client: Client) -> None
     assert (number(page, TAB, "pag_scale"), number(page, TAB, "sag_scale")) == (1.5, 0.6)
     assert blocks(page) == "middle.0"
     page.locator("#txt2img_generate").click()
-    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
+    page.wait_for_selector(PICTURES, timeout=60_000)
     page.wait_for_timeout(2000)
     assert "PAG blocks: middle.0" in page.locator("#html_info_txt2img").first.inner_text()
 
