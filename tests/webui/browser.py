@@ -16,15 +16,39 @@ PICTURES = "#txt2img_gallery img:not(.livePreview *)"
 """The gallery's, without the one that is in the making."""
 
 
+QUESTIONS = re.compile("/run/predict|/queue/(join|data)")
+"""What gradio 3 and 4 ask the server with."""
+
+
 @contextmanager
 def opened_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
     """The WebUI's page in a context of its own, loaded and set up."""
     window = browser.new_context(viewport={"width": 1400, "height": 1600}, **context)
     page = window.new_page()
     page.set_default_timeout(60_000)  # on a busy machine the host's page alone takes many seconds
+    _count_questions(page)
     load(page, url)
     yield page
     window.close()
+
+
+def _count_questions(page: Any) -> None:
+    """Keeps with the page what it has asked the server and has no answer to yet."""
+    page.open_questions = waiting = set()
+    page.on("request", lambda request: waiting.add(request) if QUESTIONS.search(request.url) else None)
+    for kind in ("requestfinished", "requestfailed"):
+        page.on(kind, waiting.discard)
+
+
+def answered(page: Any, wait: int = 1200) -> None:
+    """Waits so many milliseconds, and then until the server has answered all: a busy machine answers late."""
+    page.wait_for_timeout(wait)
+    quiet = 0
+    for _ in range(300):
+        quiet = 0 if getattr(page, "open_questions", ()) else quiet + 1
+        if quiet == 3:
+            return
+        page.wait_for_timeout(100)
 
 
 def load(page: Any, url: str) -> None:
@@ -32,7 +56,7 @@ def load(page: Any, url: str) -> None:
     page.goto(url, wait_until="domcontentloaded")
     page.wait_for_selector(READY, timeout=120_000)
     page.wait_for_selector(".sag-pag-ready", state="attached", timeout=60_000)
-    page.wait_for_timeout(1500)
+    answered(page, 1500)
 
 
 def screenshot(target: Any, name: str) -> None:
@@ -62,7 +86,7 @@ def open_panel(page: Any, tab: str = "txt2img", *features: str) -> Any:
     for feature in features:
         page.locator(f"{element(tab, feature + '_enabled')} > .label-wrap").click()
         open_fold(page, tab, feature)
-    page.wait_for_timeout(800)
+    answered(page, 800)
     return panel
 
 

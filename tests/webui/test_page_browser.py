@@ -11,7 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from browser import PICTURES, READY, element, generate, keep, load, open_panel, opened_page, screenshot, text_field
+from browser import (
+    PICTURES,
+    READY,
+    answered,
+    element,
+    generate,
+    keep,
+    load,
+    open_panel,
+    opened_page,
+    screenshot,
+    text_field,
+)
 from client import Client
 from installations import Installation
 from server import REPOSITORY, Server, environment
@@ -34,7 +46,7 @@ def test_reloading_the_ui(page: Any, client: Client, webui: Server) -> None:
     assert state(client)["callbacks"] == before
     open_panel(page, "txt2img", "pag")
     text_field(page, "txt2img", "pag_blocks").fill("output.3")
-    page.wait_for_timeout(900)
+    answered(page, 900)
     generate(page)
     assert "PAG blocks: output.3" in page.locator("#html_info_txt2img").first.inner_text()
     assert set(state(client)["calls"]) == {3}
@@ -85,7 +97,7 @@ def test_a_sheet_says_which_pass_its_columns_are_of(
     open_panel(page, "txt2img", "sag")
     page.locator(f"{element('txt2img', 'sag_show')} input").check()
     page.locator("#txt2img_hr > .label-wrap").click()
-    page.wait_for_timeout(1000)
+    answered(page, 1000)
     if host == "neo":  # it has no other without a download
         page.locator("#txt2img_hr_upscaler input").click()
         page.locator("#txt2img_hr_upscaler ul li", has_text="None").first.click()
@@ -158,7 +170,7 @@ def test_a_translation(browser: Any, start_server: Callable[..., Server], tmp_pa
         assert head.inner_text() == "aus"
         open_panel(page, "txt2img", "pag")
         page.locator(f"{element('txt2img', 'pag_every')} input[type=number]").fill("2")  # so that both costs are shown
-        page.wait_for_timeout(1500)
+        answered(page, 1500)
         text = panel.inner_text()
         screenshot(panel, "panel-translated")
     for original, translated in words.items():
