@@ -37,7 +37,7 @@ def _count_questions(page: Any) -> None:
     page.open_questions = waiting = set()
     page.on("request", lambda request: waiting.add(request) if QUESTIONS.search(request.url) else None)
     for kind in ("requestfinished", "requestfailed"):
-        page.on(kind, waiting.discard)
+        page.on(kind, lambda request: waiting.discard(request))  # noqa: PLW0108 - playwright wants a function of Python's
 
 
 def answered(page: Any, wait: int = 1200) -> None:
