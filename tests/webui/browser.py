@@ -34,10 +34,11 @@ def opened_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
 
 def _count_questions(page: Any) -> None:
     """Keeps with the page what it has asked the server and has no answer to yet."""
+    # functions of Python's own: playwright asks how many arguments they take
     page.open_questions = waiting = set()
     page.on("request", lambda request: waiting.add(request) if QUESTIONS.search(request.url) else None)
     for kind in ("requestfinished", "requestfailed"):
-        page.on(kind, lambda request: waiting.discard(request))  # noqa: PLW0108 - playwright wants a function of Python's
+        page.on(kind, lambda request: waiting.discard(request))
 
 
 def answered(page: Any, wait: int = 1200) -> None:
@@ -54,6 +55,7 @@ def answered(page: Any, wait: int = 1200) -> None:
 def load(page: Any, url: str) -> None:
     """Loads the page and waits until its scripts have run."""
     page.goto(url, wait_until="domcontentloaded")
+    page.open_questions.clear()  # those of the page before get no answer
     page.wait_for_selector(READY, timeout=120_000)
     page.wait_for_selector(".sag-pag-ready", state="attached", timeout=60_000)
     answered(page, 1500)
