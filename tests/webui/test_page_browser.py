@@ -101,9 +101,9 @@ def test_a_sheet_says_which_pass_its_columns_are_of(
     if host == "neo":  # it has no other without a download
         page.locator("#txt2img_hr_upscaler input").click()
         page.locator("#txt2img_hr_upscaler ul li", has_text="None").first.click()
-    page.locator("#txt2img_hr_scale input[type=number]").fill("1.5")
-    page.locator("#txt2img_denoising_strength input[type=number]").fill("1")
-    page.keyboard.press("Tab")
+    for control, value in {"hr_scale": "1.5", "denoising_strength": "1", "hires_steps": "2"}.items():
+        page.locator(f"#txt2img_{control} input[type=number]").fill(value)
+        page.keyboard.press("Tab")
     generate(page, steps=2)
     pictures = page.locator(PICTURES).evaluate_all("found => found.map((picture) => picture.src)")
     with urllib.request.urlopen(pictures[-1]) as answer:

@@ -207,6 +207,9 @@ def test_everything_fits(browser: Any, webui: Server, client: Client, width: int
         column = ("rescale", "hires_pass", "hires_own_scales")
         lefts = [page.locator(element(TAB, name)).bounding_box()["x"] for name in column]
         assert len(set(lefts)) == 1, lefts
+        for feature in ("pag_enabled", "sag_enabled"):
+            box = page.locator(f"{element(TAB, feature)}-visible-checkbox").bounding_box()
+            assert abs(box["y"] - head(page, feature).locator("span").first.bounding_box()["y"]) < 8, feature
         title = head(page).locator("span").first.bounding_box()
         said = page.locator(f"{element(TAB, 'panel')} .sag-pag-head").bounding_box()
         if inside["width"] > 600:  # beside the title, at its height
