@@ -230,8 +230,8 @@ def test_everything_fits(browser: Any, webui: Server, client: Client, width: int
         answered(page, WAIT)
         open_fold(page, TAB, "pag")
         aside = head(page, "pag_more").locator(".sag-pag-aside")
+        assert eventually(page, lambda: plain(aside.inner_text()).endswith("Fade to the end ✓"))
         assert aside.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight + 1")
-        assert plain(aside.inner_text()).endswith("Fade to the end ✓")
         screenshot(panel, f"panel-{width}")
 
 
