@@ -61,7 +61,7 @@ PASSES = {"first pass": "first pass: ", "hires pass": "hires pass: ", None: ""}
 
 PRESET = "Preset"
 PRESET_HELP = "Sets all controls below; the sentence under it says when to use it."
-CHANGED = "Values were changed since."
+CHANGED = "Changed since: what is set below counts."
 FOLDED = "Switched off since: folding a part switches it off, unfolding it on."
 PRESET_NAME = "Name of the preset"
 SAVE = "Save the panel's values as a preset of your own"
