@@ -24,6 +24,7 @@ ENDS_FIRST = "This ends before it starts: move Start down or End up."
 PLOT_DECIDES = "the X/Y/Z plot decides"
 
 NO_MODEL = "No model is loaded yet."
+STANDS_IN = "The loaded model has none of these: the block on the map stands in for them."
 CHOOSE_MANY = "Blocks to perturb"
 CHOOSE_ONE = "Block to look at"
 MAP_HELP = "Click to choose, shift-click for a range. From left to right as the model runs, lower is coarser."
