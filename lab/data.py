@@ -7,7 +7,8 @@ take about a second on one core. A picture depends on the generator's seed only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,22 +67,43 @@ class Scenes:
         return len(self.two)
 
 
+_Uniform = Callable[..., Tensor]
+"""Random numbers from 0 to 1, ``(B, *shape)``."""
+
+
+def _uniform(count: int, generator: torch.Generator) -> _Uniform:
+    return lambda *shape: torch.rand(count, *shape, generator=generator)
+
+
+def _places(two: Tensor, size: Tensor, uniform: _Uniform) -> dict[str, Tensor]:
+    """Where objects are, and how big exactly."""
+    low, high = _RADII[two.long()[:, None], size].unbind(-1)
+    radius = low + (high - low) * uniform(2)
+    single = radius[:, :1, None] + 0.04 + (0.92 - 2 * radius[:, :1, None]) * uniform(1, 2)
+    x = torch.tensor([0.26, 0.74]) + 0.05 * (2 * uniform(2) - 1)
+    pair = torch.stack((x, radius + 0.04 + (0.92 - 2 * radius) * uniform(2)), dim=-1)
+    return {"centre": torch.where(two[:, None, None], pair, single), "radius": radius}
+
+
+def _looks(uniform: _Uniform) -> dict[str, Tensor]:
+    """How objects are turned, tinted and lit."""
+    return {
+        "angle": 0.4 * (2 * uniform(2) - 1),
+        "tint": 0.05 * (2 * uniform(3, 3) - 1),
+        "light": 2 * math.pi * uniform(),
+    }
+
+
 def draw_scenes(count: int, generator: torch.Generator) -> Scenes:
     """Draw what ``count`` pictures show; no two parts of a picture that touch have the same colour."""
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator)
+    uniform = _uniform(count, generator)
 
     def choice(options: int, *shape: int) -> Tensor:
         return torch.randint(options, (count, *shape), generator=generator)
 
     two = uniform() < TWO_OBJECTS
     size = choice(3, 2)
-    low, high = _RADII[two.long()[:, None], size].unbind(-1)
-    radius = low + (high - low) * uniform(2)
-    single = radius[:, :1, None] + 0.04 + (0.92 - 2 * radius[:, :1, None]) * uniform(1, 2)
-    x = torch.tensor([0.26, 0.74]) + 0.05 * (2 * uniform(2) - 1)
-    pair = torch.stack((x, radius + 0.04 + (0.92 - 2 * radius) * uniform(2)), dim=-1)
+    places = _places(two, size, uniform)
     ground = choice(len(COLOURS))
     objects = (ground[:, None] + 1 + choice(len(COLOURS) - 1, 2)) % len(COLOURS)
     return Scenes(
@@ -89,12 +111,15 @@ def draw_scenes(count: int, generator: torch.Generator) -> Scenes:
         shape=choice(len(SHAPES), 2),
         colour=torch.cat((objects, ground[:, None]), dim=1),
         size=size,
-        centre=torch.where(two[:, None, None], pair, single),
-        radius=radius,
-        angle=0.4 * (2 * uniform(2) - 1),
-        tint=0.05 * (2 * uniform(3, 3) - 1),
-        light=2 * math.pi * uniform(),
+        **places,
+        **_looks(uniform),
     )
+
+
+def redrawn(scenes: Scenes, generator: torch.Generator) -> Scenes:
+    """Other pictures of the same complete captions: the same objects elsewhere, turned, tinted and lit otherwise."""
+    uniform = _uniform(len(scenes), generator)
+    return replace(scenes, **_places(scenes.two, scenes.size, uniform), **_looks(uniform))
 
 
 def caption_ids(scenes: Scenes, generator: torch.Generator | None = None) -> Tensor:

@@ -36,7 +36,10 @@ REFERENCE_SEED = 3 * 10**6
 REAL_SEED = 4 * 10**6
 CAPTION_SEED = 5 * 10**6
 NOISE_SEED = 7 * 10**6
+REDRAWN_SEED = 8 * 10**6
 REFERENCE = 20_000
+REDRAWN = 20
+"""Drawn pictures of each caption, where the distance is from those of the same captions."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ def group_scenes(group: int, size: int) -> data.Scenes:
     return data.draw_scenes(size, torch.Generator().manual_seed(CAPTION_SEED * 10**9 + group))
 
 
+def redrawn_pictures(group: int, size: int) -> Tensor:
+    """``(size * REDRAWN, 3, 64, 64)`` other drawn pictures of one group's captions."""
+    scenes, generator = group_scenes(group, size), torch.Generator().manual_seed(REDRAWN_SEED * 10**9 + group)
+    return torch.cat([data.render(data.redrawn(scenes, generator)) for _ in range(REDRAWN)])
+
+
 class Evaluation:
     """Makes what is missing of the samples' features, and turns features into results."""
 
@@ -120,16 +129,27 @@ class Evaluation:
         """What the Fréchet distance is measured from."""
         return Moments.of(self.drawn)
 
+    @cached_property
+    def redrawn(self) -> list[Moments]:
+        """What it is measured from in a map of mixes with CFG: each group's captions, drawn anew."""
+        return [
+            Moments.of(self.classifier.embed(redrawn_pictures(group, self.size.group))) for group in self.size.numbers
+        ]
+
+    def _measured_from(self, point: Point) -> metrics.Reference:
+        return self.redrawn if point.mixed else self.reference
+
     @property
     def manifold(self) -> Tensor:
         """As many drawn pictures' features as there are samples: what precision and recall are measured on."""
         return self.drawn[: self.size.total]
 
-    @property
-    def setup(self) -> Setup:
-        """How everything here is measured."""
+    def setup(self, point: Point) -> Setup:
+        """How a point is measured."""
         return Setup(
-            samples=self.size.total, groups=self.size.groups, first_group=self.size.first, drawn=len(self.drawn),
+            samples=self.size.total, groups=self.size.groups, first_group=self.size.first,
+            drawn=self.size.total * REDRAWN if point.mixed else len(self.drawn),
+            drawn_of="the same captions" if point.mixed else "any captions",
             computed_in="bfloat16" if self.bf16 else "float32",
         )  # fmt: skip
 
@@ -188,7 +208,7 @@ class Evaluation:
 
     def change(self, point: Point, *, since: Point) -> Change:
         """The Fréchet distance relative to another point's, both made."""
-        return metrics.relative_change(self.reference, self.moments(since), self.moments(point))
+        return metrics.relative_change(self._measured_from(point), self.moments(since), self.moments(point))
 
     def against(self, point: Point) -> dict[Feature, Change]:
         """Of a point with both methods the Fréchet distance relative to each alone, where that has been made."""
@@ -209,8 +229,8 @@ class Evaluation:
             self.costs[key] = count_gigaflops(self.model, caption, recipe=point.recipe)
         return Result(
             point=point,
-            setup=self.setup,
-            frechet=metrics.frechet_estimate(self.reference, [Moments.of(part["features"]) for part in loaded]),
+            setup=self.setup(point),
+            frechet=metrics.frechet_estimate(self._measured_from(point), self.moments(point)),
             change=self.change(point, since=point.baseline) if compared else None,
             precision=precision,
             recall=recall,
@@ -252,17 +272,18 @@ class Evaluation:
         precision = metrics.mean_estimate(torch.split(on_real, [len(group) for group in groups]))
         return precision, metrics.jackknife(len(groups), recall)
 
-    def floor(self) -> Floor:
-        """Of drawn pictures that are not the reference's."""
-        first_stage = self.model.first_stage_model
+    def floor(self, point: Point) -> Floor:
+        """Of drawn pictures that are not those which the point is measured from."""
+        first_stage, size = self.model.first_stage_model, self.size
         drawn, decoded = [], []
-        for pictures in drawn_pictures(self.size.total, seed=REAL_SEED):
+        same = (data.render(group_scenes(group, size.group)) for group in size.numbers)
+        for pictures in same if point.mixed else drawn_pictures(size.total, seed=REAL_SEED):
             drawn.append(self.classifier.embed(pictures))
             decoded.append(self.classifier.embed(first_stage.decode(first_stage.encode(pictures))))
-        groups, decoded_groups = (torch.split(torch.cat(parts), self.size.group) for parts in (drawn, decoded))
+        groups, decoded_groups = (torch.split(torch.cat(parts), size.group) for parts in (drawn, decoded))
         precision, recall = self._coverage(groups)
         frechet, of_decoded = (
-            metrics.frechet_estimate(self.reference, [Moments.of(group) for group in features])
+            metrics.frechet_estimate(self._measured_from(point), [Moments.of(group) for group in features])
             for features in (groups, decoded_groups)
         )
         return Floor(frechet, of_decoded, precision, recall, **self.seen(groups))

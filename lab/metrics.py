@@ -157,15 +157,18 @@ def jackknife(groups: int, statistic: Callable[[Sequence[int]], float]) -> Estim
     return Estimate(value, t_quantile(groups - 1) * math.sqrt(variance))
 
 
-def frechet_estimate(real: Moments, groups: Sequence[Moments]) -> Estimate:
+Reference = Moments | Sequence[Moments]
+"""What is measured from: the same drawn pictures for all groups, or each group's own, which come and go with it."""
+
+
+def _distance(real: Reference, groups: Sequence[Moments], kept: Sequence[int]) -> float:
+    drawn = real if isinstance(real, Moments) else sum_moments([real[index] for index in kept])
+    return frechet_distance(drawn, sum_moments([groups[index] for index in kept]))
+
+
+def frechet_estimate(real: Reference, groups: Sequence[Moments]) -> Estimate:
     """The Fréchet distance of the groups together, with its interval over the groups."""
-    total = sum_moments(groups)
-
-    def statistic(kept: Sequence[int]) -> float:
-        left = [group for index, group in enumerate(groups) if index not in kept]
-        return frechet_distance(real, total - left[0] if left else total)
-
-    return jackknife(len(groups), statistic)
+    return jackknife(len(groups), lambda kept: _distance(real, groups, kept))
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Change:
     high: float
 
 
-def relative_change(real: Moments, baseline: Sequence[Moments], other: Sequence[Moments]) -> Change:
+def relative_change(real: Reference, baseline: Sequence[Moments], other: Sequence[Moments]) -> Change:
     """By what share the Fréchet distance of ``other`` differs from ``baseline``'s.
 
     Group ``i`` of both must be made from the same seeds. The interval is that of the logarithm of their ratio: the
@@ -188,10 +191,7 @@ def relative_change(real: Moments, baseline: Sequence[Moments], other: Sequence[
         raise ValueError(f"{len(baseline)} groups of the baseline for {len(other)}")
 
     def statistic(kept: Sequence[int]) -> float:
-        first, second = (
-            frechet_distance(real, sum_moments([groups[index] for index in kept])) for groups in (baseline, other)
-        )
-        return math.log(second / first)
+        return math.log(_distance(real, other, kept) / _distance(real, baseline, kept))
 
     estimate = jackknife(len(baseline), statistic)
     return Change(*(math.expm1(x) for x in (estimate.value, estimate.low, estimate.high)))

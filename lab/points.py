@@ -36,9 +36,14 @@ class Point:
         return self.mode != "unconditional"
 
     @property
+    def mixed(self) -> bool:
+        """Whether it is of a map of mixes with CFG."""
+        return self.sweep in (MIX, BEST_MIX)
+
+    @property
     def baseline(self) -> Point:
         """The same from noise on and without guidance; in a map of mixes with CFG, CFG alone at its best."""
-        if self.sweep in (MIX, BEST_MIX):
+        if self.mixed:
             return _mixed(BEST_CFG, "CFG alone", {}, sweep=self.sweep, steps=self.recipe.steps)
         recipe = replace(self.recipe, settings=Settings(), begin=0.0)
         return replace(self, label="from noise alone" if self.recipe.begin else "none", recipe=recipe, x=0.0)

@@ -70,7 +70,8 @@ def footnote(setup: Setup, floor: Floor) -> str:
     return (
         f"{setup.samples} samples a line, in {setup.groups} groups of seeds, {setup.first_group} to "
         f"{setup.first_group + setup.groups - 1}; intervals of 95 %; computed in {setup.computed_in}. The Fréchet "
-        f"distance is from {setup.drawn} drawn pictures, precision and recall are against {setup.samples} of them. "
+        f"distance is from {setup.drawn} drawn pictures of {setup.drawn_of}, precision and recall are against "
+        f"{setup.samples} of any. "
         f"{setup.samples} other drawn pictures get a Fréchet distance of {floor.frechet}, and of {floor.decoded} after "
         f"the autoencoder, which is what a perfect U-Net would get; precision {_share(floor.precision)}, recall "
         f"{_share(floor.recall)}, sizes off {_share(floor.sizes_off)}, shapes off {_share(floor.shapes_off)}, two "
@@ -95,10 +96,11 @@ def write_all(
     judge: Evaluation, wanted: Mapping[str, Sequence[Point]], *, out: Path, plots: bool = True
 ) -> list[Path]:
     """A CSV, a Markdown table and a plot for each sweep; returns what was written."""
-    floor = judge.floor()
     written = []
+    firsts = {points[0].mixed: points[0] for points in wanted.values()}
+    floors = {mixed: judge.floor(first) for mixed, first in firsts.items()}
     for name, points in wanted.items():
-        sweep = Sweep([judge.result(point) for point in points], floor)
+        sweep = Sweep([judge.result(point) for point in points], floors[points[0].mixed])
         write_csv(sweep, out / f"{name}.csv")
         written += [out / f"{name}.csv", *write_tables(sweep, out=out, plots=plots)]
     return written

@@ -15,12 +15,16 @@ from lab.points import DEFAULT, FEATURES, MODES, Feature, Point, default_points,
 
 @dataclass(frozen=True)
 class Setup:
-    """How a line was measured: on how many pictures, in which groups of seeds, against how many drawn ones."""
+    """How a line was measured: on how many pictures, in which groups of seeds, against how many drawn ones of what.
+
+    ``drawn_of`` is ``any captions``, or ``the same captions``, where chance in the captions is no part of the distance.
+    """
 
     samples: int
     groups: int
     first_group: int
     drawn: int
+    drawn_of: str
     computed_in: str
 
 
@@ -160,10 +164,10 @@ def _points(sweep: str, steps: int) -> dict[tuple[str, str], Point]:
 
 def _result(row: Mapping[str, str]) -> Result:
     against = {feature: _change(row, f"against_{feature}") for feature in FEATURES}
-    numbers = {name: int(row[name]) for name in _SETUP if name != "computed_in"}
+    numbers = {name: int(row[name]) for name in _SETUP if name not in ("drawn_of", "computed_in")}
     return Result(
         point=_points(row["sweep"], int(row["steps"]))[row["mode"], row["label"]],
-        setup=Setup(**numbers, computed_in=row["computed_in"]),
+        setup=Setup(**numbers, drawn_of=row["drawn_of"], computed_in=row["computed_in"]),
         change=_change(row, "change"),
         gigaflops=float(row["gflop_per_picture"]),
         against={feature: change for feature, change in against.items() if change is not None},

@@ -6,6 +6,7 @@ the fields of ``Settings`` is the positional order of the API and therefore publ
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -226,7 +227,7 @@ class Settings:
         "SAG/PAG rescale")
     rescale_mode: str = _parameter(
         "full", "both", "What is softened",
-        "Whose contrast is taken back. With the last one, the stronger of both wins at each place instead.",
+        "Does nothing while the value above is 0. With the last one, the stronger of both wins at each place.",
         "SAG/PAG rescale mode", choices=RESCALE_MODES)
     hires_pass: str = _parameter(
         "both passes", "both", "Hires. fix", "In which passes of hires. fix to guide.", "SAG/PAG hires",
@@ -310,7 +311,8 @@ class Settings:
         """
         for name in values:
             if name not in PARAMETERS:
-                raise SettingError(str(name), values[name], "these names: " + ", ".join(PARAMETERS))
+                meant = difflib.get_close_matches(str(name).lower().replace(" ", "_"), PARAMETERS, cutoff=0.7)
+                raise SettingError(str(name), values[name], "these names: " + ", ".join(PARAMETERS), meant=meant)
         return cls._from_unchecked({**(others or {}), **implied_by(values), **values})
 
     @classmethod

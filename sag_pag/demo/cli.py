@@ -24,7 +24,7 @@ from sag_pag.demo.arguments import (
     working_parser,
 )
 from sag_pag.demo.captions import parse
-from sag_pag.demo.model import OWN_DEFAULTS, load
+from sag_pag.demo.model import CFG_SCALE, OWN_DEFAULTS, load
 from sag_pag.demo.progress import Progress
 from sag_pag.demo.sampling import SAMPLERS, parse_seeds
 from sag_pag.settings import PARAMETERS, Settings
@@ -61,7 +61,8 @@ def run_grid(arguments: Sequence[str]) -> None:
     parser.epilog = f"Other commands: {', '.join(name for name in COMMANDS if name != 'grid')}; each has --help."
     parser.add_argument("--prompt", action="append", help="a caption like 'big red star on green'; repeatable")
     parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3, 4, 5, 6], help="like 1-4,9 (default: 1-6)")
-    parser.add_argument("--cfg", type=_cfg, default=1.5, help="CFG scale of the lower half (default: 1.5)")
+    cfg_help = "CFG scale of the lower half (default: %(default)s)"
+    parser.add_argument("--cfg", type=_cfg, default=CFG_SCALE, help=cfg_help)
     add_steps(parser)
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="euler")
     parser.add_argument("--output", type=Path, default=Path("sag-pag-demo.png"), help="where to write the picture")
@@ -73,7 +74,8 @@ def run_grid(arguments: Sequence[str]) -> None:
                 parser.add_argument(flag, action="store_const", const="true", help=parameter.help)
             else:
                 default = OWN_DEFAULTS.get(name, parameter.default)
-                parser.add_argument(flag, metavar="VALUE", help=f"{parameter.help} (default: {default})")
+                choices = f"{parameter.allowed}. " if parameter.choices else ""
+                parser.add_argument(flag, metavar="VALUE", help=f"{choices}{parameter.help} (default: {default})")
     options = parsed(parser, arguments)
     model = loaded(parser, options.weights, load)
     prompts = options.prompt or grid.CAPTIONS

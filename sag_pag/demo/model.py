@@ -22,6 +22,8 @@ from sag_pag.demo.unet import UNetKwargs, UNetModel
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 PAG_SCALE = 0.5
+CFG_SCALE = 1.5
+"""What the grid and the page begin with: beside it PAG gains, at 3 it harms (docs/demo-evaluation.md)."""
 OWN_DEFAULTS: dict[str, object] = {"pag_scale": PAG_SCALE}
 """What suits this model better than the extension's defaults (docs/demo-evaluation.md)."""
 

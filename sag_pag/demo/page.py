@@ -27,7 +27,7 @@ from PIL import Image
 from sag_pag.demo.autoencoder import FACTOR, SIZE
 from sag_pag.demo.captions import COLOURS, SHAPES, SIZES, parse
 from sag_pag.demo.grid import CAPTIONS, check_settings, to_image
-from sag_pag.demo.model import OWN_DEFAULTS, DemoModel
+from sag_pag.demo.model import CFG_SCALE, OWN_DEFAULTS, DemoModel
 from sag_pag.demo.sampling import SAMPLERS, Recipe, parse_seeds, sample
 from sag_pag.engine.topology import UNetTopology
 from sag_pag.settings import PARAMETERS, Settings
@@ -35,6 +35,8 @@ from sag_pag.webui.panel import Panel, Surroundings
 from sag_pag.webui.texts import PANEL as TITLE
 
 MOST_SEEDS = 8
+FIRST_CAPTION, FIRST_SEEDS = CAPTIONS[4], "5-7"
+"""What the page begins with: the grid's column in which PAG makes a shape whole, and two seeds more."""
 MOST_STEPS = 100
 ZOOM = 6
 """Screen pixels a picture's pixel."""
@@ -47,7 +49,8 @@ _ELSEWHERE = re.compile(r'<(?:link|meta|script)\b[^>]*"https?://[^>]*>(?:\s*</sc
 _ABOUT = f"""# {TITLE}
 A model of one million parameters that knows drawn shapes, guided by the engine that the WebUI runs. Write a caption,
 tick PAG or SAG in the panel, generate: the same seeds are made without and with guidance. (The panel is the
-WebUI's own, but begins with the PAG scale that suits this model; "Show what SAG sees" does nothing here.)
+WebUI's own, but begins with the PAG scale that suits this model; its presets are for Stable Diffusion, too strong
+here, and "Show what SAG sees" does nothing.)
 
 Captions read like `big red star on green` or `yellow moon and small white ring on black`. Words:
 {", ".join((*SIZES, *COLOURS, *SHAPES))}; `and` before a second object, `on` before the background.
@@ -67,14 +70,16 @@ def build_page(model: DemoModel) -> gr.Blocks:
         gr.Markdown(_ABOUT)
         with gr.Row():
             with gr.Column():
-                caption = gr.Textbox(CAPTIONS[0], label="Caption", max_lines=1, elem_id="demo_caption")
+                caption = gr.Textbox(FIRST_CAPTION, label="Caption", max_lines=1, elem_id="demo_caption")
                 gr.Examples([[text] for text in CAPTIONS], inputs=[caption], label="Captions to try")
                 with gr.Row():
-                    seeds = gr.Textbox("1-3", label="Seeds", info="Like 1-4,9", max_lines=1, elem_id="demo_seeds")
+                    seeds = gr.Textbox(FIRST_SEEDS, label="Seeds", info="Like 1-4,9", max_lines=1, elem_id="demo_seeds")
                     sampler = gr.Dropdown(list(SAMPLERS), value="euler", label="Sampler", elem_id="demo_sampler")
                 with gr.Row():
                     steps = gr.Slider(1, MOST_STEPS, value=20, step=1, label="Steps", elem_id="demo_steps")
-                    cfg = gr.Slider(1, 15, value=3, step=0.5, label="CFG scale", info="1 is off", elem_id="demo_cfg")
+                    cfg = gr.Slider(
+                        1, 15, value=CFG_SCALE, step=0.5, label="CFG scale", info="1 is off", elem_id="demo_cfg"
+                    )
                 generate = gr.Button("Generate", variant="primary", elem_id="demo_generate")
                 panel = Panel(elem_id, switch=None, model=lambda: UNetTopology(model.unet))
                 side = gr.Number(8 * SIZE // FACTOR, visible=False)  # the panel reckons 8 pixels a latent pixel

@@ -23,6 +23,7 @@ from sag_pag.settings import (
     PARAMETERS,
     SD3_EXAMPLE,
     SWAPPED,
+    SWITCHES,
     SettingError,
     Settings,
     Value,
@@ -50,6 +51,17 @@ class Preset:
     def settings(self) -> Settings:
         """All parameters as the preset wants them."""
         return Settings().with_values(self.values)
+
+    def differences(self, shown: Mapping[str, object]) -> dict[str, Value]:
+        """What the preset wants where ``shown``, a value for each parameter, is another one.
+
+        What has no effect in either is left out.
+        """
+        wanted = dict(zip(PARAMETERS, self.settings().values(), strict=True))
+        return {
+            name: wanted[name] for name, about in PARAMETERS.items() if shown[name] != wanted[name]
+            and (name in SWITCHES or about.has_effect(shown) or about.has_effect(wanted))
+        }
 
 
 def _built_in(name: str, description: str, **values: Value) -> Preset:

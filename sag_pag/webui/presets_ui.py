@@ -87,9 +87,8 @@ class PresetControls:
             preset = None  # deleted elsewhere: nothing to differ from
         if preset is None:
             return gr.update(visible=False)
-        wanted = dict(zip(PARAMETERS, preset.settings().values(), strict=True))
-        others = {name for name, value in zip(PARAMETERS, values, strict=True) if value != wanted[name]}
-        switched_off = all(name in SWITCHES and wanted[name] for name in others)
+        others = preset.differences(dict(zip(PARAMETERS, values, strict=True)))
+        switched_off = all(name in SWITCHES and wanted for name, wanted in others.items())
         text = texts.FOLDED if switched_off else texts.CHANGED
         return gr.update(visible=bool(others), value=f"<span>{text}</span>")
 

@@ -51,7 +51,10 @@ def _hires_size(around: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def block_state(name: str, text: str, model: Topology | str) -> str:
-    """What is chosen, for the map; or what is wrong with the text, in the words in which a generation refuses."""
+    """What is chosen, for the map; or what is wrong with the text, in the words in which a generation refuses.
+
+    That another block stands in for those of a preset, or for the default, is said.
+    """
     topology = None if isinstance(model, str) else model
     feature = PARAMETERS[name].feature
     try:
@@ -60,7 +63,9 @@ def block_state(name: str, text: str, model: Topology | str) -> str:
         return f'<span class="sag-pag-error" role="alert" data-text="{escape(text)}">{escape(error.for_people)}</span>'
     is_there = topology is not None and not topology.refuses(f"{feature}_enabled", True)
     chosen = selection(topology.resolve(text)) if topology is not None and is_there else ""
-    return f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
+    said = f'<span hidden data-chosen="{chosen}" data-text="{escape(text)}"></span>'
+    stands_in = topology is not None and is_there and topology.stand_in(text)
+    return f'{said}<span class="sag-pag-hint">{texts.STANDS_IN}</span>' if stands_in else said
 
 
 def cost_line_of(own: Mapping[str, Any], around: Mapping[str, Any], model: Topology | str) -> str:

@@ -24,6 +24,7 @@ ENDS_FIRST = "This ends before it starts: move Start down or End up."
 PLOT_DECIDES = "the X/Y/Z plot decides"
 
 NO_MODEL = "No model is loaded yet."
+STANDS_IN = "The loaded model has none of these: the block on the map stands in for them."
 CHOOSE_MANY = "Blocks to perturb"
 CHOOSE_ONE = "Block to look at"
 MAP_HELP = "Click to choose, shift-click for a range. From left to right as the model runs, lower is coarser."
@@ -61,7 +62,7 @@ PASSES = {"first pass": "first pass: ", "hires pass": "hires pass: ", None: ""}
 
 PRESET = "Preset"
 PRESET_HELP = "Sets all controls below; the sentence under it says when to use it."
-CHANGED = "Values were changed since."
+CHANGED = "Changed since: what is set below counts."
 FOLDED = "Switched off since: folding a part switches it off, unfolding it on."
 PRESET_NAME = "Name of the preset"
 SAVE = "Save the panel's values as a preset of your own"

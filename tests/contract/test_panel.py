@@ -87,6 +87,22 @@ def test_only_a_host_that_saves_the_unconditional_rows_tells_its_cfg_scale(
     assert all("cfg_scale" not in script._controls_around(tab).values() for tab in ("txt2img", "img2img"))
 
 
+@pytest.mark.parametrize(("text", "chosen", "stands_in"), [
+    ("middle", "middle", False), ("output.0.0-5", "output.3", True), ("output.3", "output.3", False),
+    ("joint.13", "middle", True),
+])
+def test_a_preset_for_another_model_is_told(
+    topology: UNetTopology, text: str, chosen: str, stands_in: bool
+) -> None:
+    """The map shows the block that stands in; what was never typed is not refused."""
+    from sag_pag.webui import saying, texts
+
+    state = saying.block_state("pag_blocks", text, topology)
+    assert f'data-chosen="{chosen}.0"' in state
+    assert (texts.STANDS_IN in state) is stands_in
+    assert texts.STANDS_IN not in saying.block_state("pag_blocks", text, texts.NO_MODEL)
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_the_page_asks_again_only_while_no_model_is_loaded(host: Host, loaded: bool) -> None:
     """The script goes on asking while it sees this class."""

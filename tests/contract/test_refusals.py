@@ -13,7 +13,8 @@ from double import TITLE, Host
 BAD: dict[str, tuple[list[Any], str, list[str]]] = {
     # what is sent, the field, what the answer says besides
     "unknown key": ([{"scale": 1}], "scale", ["sag_scale", "hires_pag_scale"]),
-    "label for name": ([{"PAG scale": 1}], "PAG scale", ["pag_scale"]),
+    "label for name": ([{"PAG scale": 1}], "PAG scale", ["did you mean pag_scale or"]),
+    "misspelled": ([{"rescal": 1}], "rescal", ["1 can't be used; did you mean rescale"]),
     "too large": ([{"sag_scale": 5.5}], "sag_scale", ["5.5", "from 0 to 5"]),
     "negative": ([{"pag_scale": -1}], "pag_scale", ["-1", "from 0 to 20"]),
     "text for number": ([{"pag_scale": "3"}], "pag_scale", ["'3'", "from 0 to 20"]),

@@ -89,4 +89,5 @@ def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "sag_pag.demo", "--help"], capture_output=True, text=True, check=True)
     assert "--pag-blocks" in done.stdout
+    assert "'full' or 'partial' or 'snf'. " in " ".join(done.stdout.split()), "what may be chosen"
     assert "page" in done.stdout

@@ -111,6 +111,15 @@ def screenshot(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
+def test_it_begins_where_guidance_helps(page: Any) -> None:
+    """At the CFG scale of the README's grid, not where PAG harms this model; nothing is called changed."""
+    assert page.locator("#demo_cfg input[type=number]").input_value() == "1.5"
+    assert page.locator("#demo_caption :is(textarea, input)").input_value() == "green disc and orange square on blue"
+    assert page.locator("#demo_seeds :is(textarea, input)").input_value().startswith("5")
+    page.wait_for_timeout(1500)
+    assert not page.locator(f"{PANEL}_preset_changed").first.is_visible()
+
+
 def test_the_map_is_there(page: Any) -> None:
     """The panel's own: the model's four blocks, of which the middle is chosen."""
     page.wait_for_selector(f"{PANEL}_pag_blocks_map .sag-pag-u button", timeout=20_000)

@@ -41,6 +41,19 @@ def test_same_seed_same_pictures() -> None:
     assert first.max() <= 1
 
 
+def test_redrawn_pictures_show_the_same_otherwise() -> None:
+    first = scenes(3000)
+    other = data.redrawn(first, torch.Generator().manual_seed(1))
+    assert torch.equal(caption_ids(first), caption_ids(other))
+    for a, b in zip(render(first), render(other), strict=True):
+        assert not torch.equal(a, b)
+    for name in ("centre", "radius", "angle", "tint", "light"):
+        mine, theirs = getattr(first, name).flatten(), getattr(other, name).flatten()
+        assert (mine != theirs).all()
+        assert theirs.mean() == pytest.approx(mine.mean().item(), abs=0.1 * mine.std().item())
+        assert theirs.std() == pytest.approx(mine.std().item(), rel=0.05)
+
+
 def test_a_picture_does_not_depend_on_its_neighbours() -> None:
     batch = scenes(8)
     single = Scenes(**{name: getattr(batch, name)[3:4] for name in batch.__dataclass_fields__})

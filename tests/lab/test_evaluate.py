@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lab import classifier, data
-from lab.evaluate import Evaluation, Size
+from lab.evaluate import REDRAWN, Evaluation, Size, redrawn_pictures
 from lab.metrics import Moments, frechet_distance
 from lab.points import Point, default_points, sweep_points
 from sag_pag.demo.captions import SHAPES
@@ -80,7 +80,7 @@ def test_bfloat16_pictures_are_those_of_float32(judge: Evaluation, monkeypatch: 
 
 def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
     judge = Evaluation(judge.model, judge.classifier, out=judge.out, size=Size(groups=2, group=100))
-    floor = judge.floor()
+    floor = judge.floor(default_points()[0])
     noise = Moments.of(judge.classifier.embed(torch.rand(200, 3, 64, 64)))
     assert floor.frechet.value < floor.decoded.value < 0.1 * frechet_distance(judge.reference, noise)
     assert floor.precision.value > 0.5
@@ -88,6 +88,26 @@ def test_real_pictures_are_close_to_real_pictures(judge: Evaluation) -> None:
     assert floor.two_objects.value == pytest.approx(data.TWO_OBJECTS, abs=0.1)
     assert floor.sizes_off.value < 0.1
     assert floor.shapes_off.value < 0.2
+
+
+def test_mixes_with_cfg_are_measured_from_drawn_pictures_of_the_same_captions(judge: Evaluation) -> None:
+    """Which captions a group happens to have is no part of the distance: other drawn pictures of them come close."""
+    judge = Evaluation(judge.model, judge.classifier, out=judge.out, size=Size(groups=2, group=20), bf16=False)
+    mix = sweep_points("best-mix", steps=2)
+    matched, any_captions = judge.floor(mix[0]), judge.floor(default_points()[0])
+    assert 0 < matched.frechet.value < 0.6 * any_captions.frechet.value
+    assert matched.frechet.value < matched.decoded.value < any_captions.decoded.value
+    judge.make_all(mix[:2])
+    result = judge.result(mix[1])
+    assert (result.setup.drawn, result.setup.drawn_of) == (2 * 20 * REDRAWN, "the same captions")
+    own = Moments.of(torch.cat([judge.classifier.embed(redrawn_pictures(group, 20)) for group in (0, 1)]))
+    made = [Moments.of(torch.cat([load_file(judge.path(point, group))["features"] for group in (0, 1)]))
+            for point in mix[:2]]  # fmt: skip
+    first, second = (frechet_distance(own, moments) for moments in made)
+    assert result.frechet.value == pytest.approx(second)
+    assert result.change is not None
+    assert result.change.value == pytest.approx(second / first - 1)
+    assert judge.setup(default_points()[0]).drawn_of == "any captions"
 
 
 def test_what_is_off_about_pictures_that_are_all_alike_in_one_respect(judge: Evaluation) -> None:

@@ -145,6 +145,20 @@ def test_frechet_interval_covers_as_often_as_it_says(size: int, shift: float) ->
     assert 0.9 <= covered([(found.value, found.low, found.high) for found in estimates]) <= 1
 
 
+def test_what_a_group_has_in_common_with_its_own_drawn_pictures_cancels() -> None:
+    """Groups that differ in what they show, as captions do: the interval still covers, and is far narrower."""
+    size, found, of_any = 4, [], []
+    everything = Moments.of(normal(20_000, size, seed=12) + normal(20_000, size, seed=13, scale=2))
+    for trial in range(100):
+        shown = normal(20, size, seed=300 + trial, scale=2)
+        groups = [Moments.of(normal(20, size, seed=50 * trial + 7000 + i) + row + 0.5) for i, row in enumerate(shown)]
+        own = [Moments.of(normal(400, size, seed=50 * trial + 20_000 + i) + row) for i, row in enumerate(shown)]
+        found.append(metrics.frechet_estimate(own, groups))
+        of_any.append(metrics.frechet_estimate(everything, groups))
+    assert 0.88 <= covered([(each.value, each.low, each.high) for each in found]) <= 1
+    assert sum(each.margin for each in found) < 0.5 * sum(each.margin for each in of_any)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_interval_of_a_change_covers_as_often_as_it_says(share: float) -> None:
     """Of samples that share all of their noise with the baseline's, or a part of it."""

@@ -40,7 +40,7 @@ def test_results_are_written(judge: Evaluation, wanted: list[Point], tmp_path: P
     table = (tmp_path / "default.md").read_text()
     assert table.count("\n| ") == 1 + 10 + 2 + 2
     assert "8 samples a line, in 2 groups of seeds, 0 to 1" in table
-    assert "from 200 drawn pictures, precision and recall are against 8 of them. 8 other drawn pictures" in table
+    assert "from 200 drawn pictures of any captions, precision and recall are against 8 of any. 8 other" in table
     together = [line for line in table.splitlines() if line.startswith("| unconditional | SAG+PAG 0.5 |")][1]
     both, pag = float(rows[3]["frechet"]), float(rows[2]["frechet"])
     assert together.split("|")[4].startswith(f" {100 * (both / pag - 1):+.0f} % (")
@@ -115,7 +115,7 @@ def test_a_csv_holds_all_that_was_measured(judge: Evaluation, wanted: list[Point
         assert numbers(result) == pytest.approx(numbers(measured), abs=1e-6, nan_ok=True)
         assert result.gigaflops == pytest.approx(measured.gigaflops, abs=1e-4)
     assert kept.results[3].against
-    floor = judge.floor()
+    floor = judge.floor(wanted[0])
     for name in ("frechet", "decoded", "precision", "recall", "sizes_off", "shapes_off", "two_objects"):
         assert getattr(kept.floor, name).value == pytest.approx(getattr(floor, name).value, abs=1e-6)
 

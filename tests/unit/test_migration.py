@@ -55,6 +55,15 @@ def notes(line: str) -> str:
     ("seg_enabled: True, seg_scale: 2, seg_hr_override: True, seg_hr_scale: 1.5",
      Settings(pag_enabled=True, pag_scale=2.0, pag_perturbation="blurred queries", hires_own_scales=True,
               hires_pag_scale=1.5)),
+    ("Steer: pag", Settings(pag_enabled=True)),
+    ("Steer: pag scale=4.5 blocks=output%201%2C%20down%207.0%2C%20mid", Settings(
+        pag_enabled=True, pag_scale=4.5, pag_blocks="output.1, input.7.0, middle")),
+    ("Steer: seg", Settings(pag_enabled=True, pag_perturbation="blurred queries")),
+    ("Steer: seg scale=2.5 blur_sigma=9.5 blocks=middle%200.1", Settings(
+        pag_enabled=True, pag_scale=2.5, pag_perturbation="blurred queries", pag_query_blur=9.5,
+        pag_blocks="middle.1")),
+    ("Steer: pag scale=2.0; sag scale=0.7 blur_sigma=1.2 threshold=0.9", Settings(
+        sag_enabled=True, sag_scale=0.7, sag_blur_sigma=1.2, sag_threshold=0.9, pag_enabled=True, pag_scale=2.0)),
     ("pag_enabled: True, pag_scale: 2, pag_hr_override: False", Settings(pag_enabled=True, pag_scale=2.0)),
     ("sag_enabled: True, sag_scale: 0.6, sag_blur_sigma: 1, pag_enabled: True, pag_scale: 2, pag_hr_override: True, "
      "pag_hr_scale: 1",
@@ -96,6 +105,17 @@ def test_what_means_the_same_is_taken_over_without_a_note(line: str, expected: S
     ("seg_enabled: True, seg_scale: 3, seg_hr_override: True, seg_hr_scale: 2, seg_hr_blur_sigma: 4",
      {"hires_pag_scale": 2.0, "pag_query_blur": 100.0}, "Rescale and blur"),
     ("pag_enabled: True, pag_scale: 2, seg_enabled: True, seg_scale: 3", {"pag_perturbation": "identity"}, "as well"),
+    ("Steer: fdg; pag scale=2.0; nag", {"pag_scale": 2.0}, "Steer's FDG, NAG were left out."),
+    ("Steer: ag compare=Noise; sag blur_sigma=1.0", {"sag_scale": 0.5, "sag_blur_sigma": 1.0}, "AG was left out"),
+    ("Steer: sag", {"sag_blur_sigma": 2.0}, "wider here"),
+    ("Steer: sag scale=-1.0", {"sag_enabled": False}, "SAG was left off"),
+    ("Steer: pag end=0.4", {"pag_end": 1.0}, "0 to 0.4"),
+    ("Steer: pag blocks=output", {"pag_enabled": False}, "no block output"),
+    ("Steer: seg scale=30", {"pag_enabled": False}, "Steer's seg scale 30 is not possible"),
+    ("Steer: seg; pag scale=2.0", {"pag_scale": 2.0, "pag_perturbation": "identity"}, "Steer's SEG was on as well"),
+    ("seg_enabled: True, seg_blur_sigma: 2, seg_scale: 3.5, seg_block: middle, seg_block_id: 0, seg_start_step: 0, "
+     "seg_end_step: 0.5", {"pag_scale": 3.5, "pag_query_blur": 2.0, "pag_perturbation": "blurred queries"},
+     "not the queries: the same settings steer otherwise. Its range of steps (0 to 0.5 of them)"),
     ("pag_enabled: True, pag_scale: 3, pagi_enabled: True, pagi_scale: 1", {"pag_scale": 3.0}, "was on as well"),
     ("sag_enabled: True, sag_blur_sigma: 1, pagi_enabled: True", {"sag_scale": 0.5, "pag_scale": 3.0}, "both work"),
     ("sag_enabled: True, sag_blur_sigma: 1, pag_enabled: True, pag_rescale: 0.5", {"rescale": 0.5}, "for PAG alone"),
@@ -120,6 +140,13 @@ def test_the_adaptive_scale_is_exactly_a_fade(adaptive: float, scale: float, tim
     scale_here = float(value["pag_scale"])
     faded = scale_here * (end - progress) / end if progress <= end and end > 0 else scale_here * (progress == end == 0)
     assert faded == pytest.approx(reference, abs=1e-9)
+
+
+def test_what_has_no_part_here_is_none_of_ours() -> None:
+    assert migrate(read(START + "Steer: fdg; ag compare=Noise")).message == ""
+    together = migrate(read(START + "Steer: sag blur_sigma=1.0; pag; chg"))
+    assert together.notes == ("Steer's CHG was left out.",)
+    assert together.message.startswith("Guidance settings of Steer's SAG and Steer's PAG were read from the text.")
 
 
 def test_ours_win() -> None:
@@ -148,10 +175,12 @@ KEYS = (
     "PAG Active", "PAG Scale", "PAG SANF", "PAG Start Step", "PAG End Step", "pagi_enabled", "pagi_scale",
     "pagi_attenuation", "pagi_start_step", "pag_enabled", "pag_scale", "pag_rescale", "pag_rescale_mode",
     "pag_adaptive_scale", "pag_block", "pag_block_id", "pag_block_list", "pag_hr_override", "pag_hr_scale", "Steps",
-    "pag_sigma_start", "PerturbedAttentionGuidance_enabled", "PerturbedAttentionGuidance_scale", "PAG", "SAG scale",
+    "pag_sigma_start", "seg_enabled", "seg_start_step", "seg_blur_sigma", "Steer",
+    "PerturbedAttentionGuidance_enabled", "PerturbedAttentionGuidance_scale", "PAG", "SAG scale",
 )
 VALUES = st.sampled_from(
-    ["True", "False", "", "nan", "inf", "1e999", "-1", "0", "1e300", "0.5", "3", "snf", "middle", "m0"]
+    ["True", "False", "", "nan", "inf", "1e999", "-1", "0", "1e300", "0.5", "3", "snf", "middle", "m0",
+     "pag", "seg; ;sag", "pag =; seg scale", "sag scale=nan", "seg blur_sigma=-1 blocks=%", "pag blocks=down"]
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sag_pag.settings import PARAMETERS, Settings
+from sag_pag.settings import PARAMETERS, SWAPPED, Settings, Value
 from sag_pag.webui import presets
 from sag_pag.webui.presets import BUILT_IN, Preset, PresetError, PresetStore, checked_name
 
@@ -52,6 +52,23 @@ def test_built_in_presets() -> None:
     assert by_name["Few steps (Lightning, Turbo, LCM)"].pag_scale <= 0.5
     assert by_name["No prompt, or repair"].pag_scale == 5.0
     assert by_name["Detail (SAG)"] == Settings(sag_enabled=True, sag_scale=0.75, sag_threshold=1.0)
+
+
+@pytest.mark.parametrize(("name", "shown", "others"), [
+    ("Off", {}, set()),
+    ("Off", {"pag_scale": 0.5, "sag_block": "output.3", "rescale": 1.0}, set()),  # nothing is on: it is still off
+    ("Off", {"pag_enabled": True}, {"pag_enabled"}),
+    ("Off", {"pag_enabled": True, "pag_scale": 0.5, "sag_scale": 1.0}, {"pag_enabled", "pag_scale"}),
+    ("SDXL", {"pag_enabled": True, "pag_scale": 2.5, "pag_swap": 0.3}, set()),
+    ("SDXL", {"pag_enabled": True, "pag_scale": 2.5, "pag_perturbation": SWAPPED}, {"pag_perturbation"}),
+    ("SDXL", {"pag_scale": 2.5}, {"pag_enabled"}),
+    ("SDXL", {"pag_scale": 2.0}, {"pag_enabled", "pag_scale"}),
+])
+def test_what_is_no_longer_as_in_the_preset(name: str, shown: dict[str, Value], others: set[str]) -> None:
+    preset = next(preset for preset in BUILT_IN if preset.name == name)
+    wanted = dict(zip(PARAMETERS, preset.settings().values(), strict=True))
+    plain = dict(zip(PARAMETERS, Settings().values(), strict=True))
+    assert preset.differences({**plain, **shown}) == {other: wanted[other] for other in others}
 
 
 def test_save_rename_delete_and_a_new_start(store: PresetStore) -> None:
