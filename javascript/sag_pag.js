@@ -175,10 +175,14 @@
     }
 
     // The head of an accordion is a button, also for the keyboard and for screen readers. Where it holds a checkbox, which
-    // is one already, its arrow is.
+    // is one already, its arrow is. gradio 4's head is a button as it is, and the checkbox is taken out of it.
     function asButton(label) {
-        const isButton = label.tagName === "BUTTON";  // of a newer gradio: it takes the keyboard by itself
-        const button = isButton || !label.querySelector("input") ? label : label.lastElementChild;
+        const isButton = label.tagName === "BUTTON", box = label.querySelector("input");
+        const button = isButton || !box ? label : label.lastElementChild;
+        if (isButton && box) {
+            box.classList.add("sag-pag-apart");
+            label.before(box);
+        }
         const told = () => button.setAttribute("aria-expanded", String(label.classList.contains("open")));
         new MutationObserver(told).observe(label, {attributes: true, attributeFilter: ["class"]});
         told();
@@ -199,8 +203,8 @@
             const label = input.closest(".block").querySelector("[data-testid=block-info]");
             if (label) input.setAttribute("aria-label", label.textContent.trim());
         }
-        for (const input of panel.querySelectorAll(".label-wrap input[type=checkbox]")) {
-            const label = input.closest(".label-wrap");
+        for (const input of panel.querySelectorAll("[id$=-visible-checkbox]")) {
+            const label = input.closest(".label-wrap") || input.nextElementSibling;
             input.setAttribute("aria-label", label.textContent.replace(label.lastElementChild.textContent, "").trim());
         }
     }

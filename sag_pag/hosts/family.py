@@ -43,6 +43,9 @@ class Family:
         switch_at = getattr(p, "refiner_switch_at", None)
         return getattr(p, "refiner_checkpoint_info", None) is not None and switch_at is not None and start >= switch_at
 
+    def tell_page(self, failure: Exception) -> None:
+        """The host tells by itself what a generation raises."""
+
     def disregarded_fields(self) -> set[str]:
         """The infotext fields that the user's options say to leave alone when a text is pasted."""
         return set(shared.opts.infotext_skip_pasting)

@@ -9,9 +9,11 @@ after-CFG callback; there is no CFG-denoised one. Its denoiser gives x0 for ever
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from importlib import import_module
 from typing import Any
 
@@ -102,6 +104,20 @@ class Forge(Family):
         """Not every fork has a CFG scale of its own for the hires pass."""
         has_own = hasattr(processing.StableDiffusionProcessingTxt2Img, "hr_cfg")
         return ("cfg_scale", "hr_cfg") if has_own else ("cfg_scale",)
+
+    def tell_page(self, failure: Exception) -> None:
+        """A page's generation is a task of the main thread. reForge's drops what the task raises, and the page says of
+        a task without a result that nothing can't be listed: so the failure is made its result.
+        """
+        main_thread = import_module("modules_forge.main_thread")
+        if hasattr(main_thread, "last_exception"):  # Forge and Forge Neo keep it for the page
+            return
+        frame = sys._getframe()
+        while frame is not None and frame.f_code is not main_thread.Task.work.__code__:
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is not None:  # the API's generations are no tasks
+            said = escape(f"{type(failure).__name__}: {failure}")
+            frame.f_locals["self"].result = [None, "", "", f"<div class='error'>{said}</div>"]
 
     def is_tiling(self) -> bool:
         """Whether "Tiling" has made the model's convolutions circular."""

@@ -135,5 +135,8 @@ class Host(Protocol):
     def has_other_model(self, p: Any, hires: HiresPass | None, *, start: float) -> bool:
         """Whether another model than the loaded one may run what is in this pass, from the progress ``start`` on."""
 
+    def tell_page(self, failure: Exception) -> None:
+        """A generation is about to fail: sees that the page says why, where the host would lose that on the way."""
+
     def disregarded_fields(self) -> set[str]:
         """The infotext fields that the user's options say to leave alone when a text is pasted."""

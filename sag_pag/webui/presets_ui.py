@@ -19,8 +19,11 @@ except ImportError:  # without the WebUI
     ToolButton = None
 
 _SAVE, _RENAME, _DELETE = "save", "rename", "delete"
+_TRANSLATE = "() => { sagPagTranslatePresets(); }"
 _REFRESH_ALL = "() => { sagPagRefreshPresets(); }"
-"""Reads the list again in every panel of the page; see ``javascript/presets.js``."""
+"""Makes the page show the chosen preset's name in its language, and read the list again in every panel; see
+``javascript/presets.js``.
+"""
 
 
 class PresetControls:
@@ -37,6 +40,7 @@ class PresetControls:
             self.rename = _button("✏️", texts.RENAME, elem_id("preset_rename"))
             self.delete = _button("🗑️", texts.DELETE, elem_id("preset_delete"))
             self.refresh = gr.Button(texts.READ_AGAIN, visible=False, elem_id=elem_id("preset_refresh"))
+            self.again = gr.Button("⟳", visible=False, elem_id=elem_id("preset_again"))
         with gr.Row(visible=False, elem_id=elem_id("preset_question")) as self.question:
             self.name = gr.Textbox(label=texts.PRESET_NAME, max_lines=1, elem_id=elem_id("preset_name"))
             self.yes = _button("✔️", texts.YES, elem_id("preset_yes"))
@@ -46,8 +50,8 @@ class PresetControls:
         self.changed = gr.HTML(f"<span>{texts.CHANGED}</span>", visible=False, elem_id=elem_id("preset_changed"))
         self.status = gr.HTML(self._status(), elem_id=elem_id("preset_status"))
         for control in (
-            self.chosen, self.save, self.rename, self.delete, self.refresh, self.name, self.yes, self.no, self.asked,
-            self.changed, self.status,
+            self.chosen, self.save, self.rename, self.delete, self.refresh, self.again, self.name, self.yes, self.no,
+            self.asked, self.changed, self.status,
         ):
             control.do_not_save_to_config = True
 
@@ -55,8 +59,11 @@ class PresetControls:
         """Ties the presets to the panel's controls, which are in the order of ``PARAMETERS``."""
         plain = {"show_progress": False, "queue": False}
         self.refresh.click(self._refresh, outputs=[self.chosen, self.status], **plain)
-        # "select", not "input": that one is silent where the same is chosen once more
-        self.chosen.select(self._choose, outputs=[*controls, self.status, self.changed, self.question], **plain)
+        sets = [*controls, self.status, self.changed, self.question]
+        # "select", not "input": that one is silent where the same is chosen once more; gradio 4's "select" is so too
+        self.chosen.select(self._choose, outputs=sets, **plain)
+        self.again.click(self._set_to, inputs=[self.chosen], outputs=sets, **plain)
+        self.chosen.change(fn=None, _js=_TRANSLATE)
         asking = [self.asked, self.question, self.name, self.status]
         self.save.click(self._ask_save, inputs=[self.chosen], outputs=asking, **plain)
         self.rename.click(self._ask_rename, inputs=[self.chosen], outputs=asking, **plain)
@@ -112,9 +119,12 @@ class PresetControls:
         return "<br>".join(lines)
 
     def _choose(self, event: gr.SelectData) -> list[Any]:
+        return self._set_to(str(event.value))
+
+    def _set_to(self, name: str | None) -> list[Any]:
         """The preset's values; a question about another one is not asked any more."""
         try:
-            preset = self.store.get(str(event.value))
+            preset = self.store.get(str(name))
         except PresetError as error:
             return [*(gr.update() for _ in PARAMETERS), self._status(error=error), gr.update(), gr.update()]
         values = [gr.update(value=value) for value in preset.settings().values()]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import HTTPException
 
+from sag_pag.hosts.interface import Host
 from sag_pag.neighbours.scene import BesideError
 from sag_pag.settings import SettingError
 
@@ -35,3 +38,13 @@ class RefusedError(ValueError, HTTPException):  # type: ignore[misc]
 
 
 RefusedError.__name__ = "Guidance"  # the WebUI puts the name before the text on the page
+
+
+@contextmanager
+def told_to_the_page(host: Host) -> Iterator[None]:
+    """While open, what is raised is said on the page in every host."""
+    try:
+        yield
+    except Exception as failure:
+        host.tell_page(failure)
+        raise

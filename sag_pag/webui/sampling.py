@@ -10,7 +10,7 @@ from typing import Any
 from sag_pag.hosts.interface import Host
 from sag_pag.settings import SettingError, Settings
 from sag_pag.webui.record import Record
-from sag_pag.webui.refused import RefusedError
+from sag_pag.webui.refused import RefusedError, told_to_the_page
 from sag_pag.webui.runs import GuidedRun
 
 VIEWS = "sag_pag_views"
@@ -97,10 +97,15 @@ class Sampling:
         owner.sample = sample  # type: ignore[attr-defined]
 
     def _sample(self, p: Any, sample: Callable[[], Any]) -> Any:
-        """Raises whatever ``sample`` raises, ``RefusedError`` for settings, and what a callback failed with."""
+        """Guides ``sample`` if that was prepared for ``p`` itself, and is not under way."""
         prepared: Prepared | None = vars(p).get(_PREPARED)
         if prepared is None or any(run.p is p for run in self._running):
             return sample()
+        with told_to_the_page(self.host):
+            return self._guided(p, sample, prepared)
+
+    def _guided(self, p: Any, sample: Callable[[], Any], prepared: Prepared) -> Any:
+        """Raises whatever ``sample`` raises, ``RefusedError`` for settings, and what a callback failed with."""
         prepared.sampled = True
         if isinstance(prepared.settings, SettingError):
             raise RefusedError(prepared.settings)

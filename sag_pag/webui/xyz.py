@@ -14,7 +14,7 @@ from sag_pag.engine.plan import check_blocks
 from sag_pag.hosts.interface import UnguidableModelError
 from sag_pag.settings import PARAMETERS, Parameter, SettingError, Settings, Value, implied_by
 from sag_pag.webui import texts
-from sag_pag.webui.refused import RefusedError
+from sag_pag.webui.refused import RefusedError, told_to_the_page
 from sag_pag.webui.texts import axis_label
 
 _PLOTTED = "sag_pag_plotted"
@@ -66,7 +66,8 @@ def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
                 changed.check_order()
             check_blocks(changed, topology)
     except SettingError as error:
-        raise RefusedError(error) from error
+        with told_to_the_page(hosts.current()):
+            raise RefusedError(error) from error
 
 
 def _axes(p: Any) -> list[tuple[str, str]]:

@@ -307,3 +307,33 @@ def test_the_panel_knows_of_the_row_that_no_cfg_saves(fork: Host) -> None:
     from sag_pag.webui import script
 
     assert "cfg_scale" in script._controls_around("img2img").values()
+
+
+REFUSED = {
+    "backwards": ({"pag_start": 0.5, "pag_end": 0.4}, "PAG start: &quot;0.5&quot; can&#x27;t be used;"),
+    "no such block": ({"pag_blocks": "output.9"}, "Blocks to perturb: &quot;output.9&quot; can&#x27;t be used;"),
+    "a plot's cell": (None, "PAG scale: &quot;30.0&quot; can&#x27;t be used;"),
+}
+
+
+@pytest.mark.parametrize(("settings", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_reaches_the_page(
+    fork: Host, settings: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the thread of the page's generations drops what they raise; a host that keeps it tells by itself."""
+    thread = import_module("modules_forge.main_thread")
+
+    def generate() -> Any:
+        if settings is None:
+            p = fork.processing_for()
+            return fork.txt2img.find("X/Y/Z plot").run(p, {"[PAG] Scale": ["30"]})
+        return fork.generate(settings)
+
+    *nothing, told = thread.loop(thread.Task(generate))
+    assert nothing == [None, "", ""]
+    assert told.startswith(f"<div class='error'>Guidance: {said}")
+    assert thread.loop(thread.Task(fork.generate)) is not None
+    with pytest.raises(Exception, match="can't be used"):  # as the API does, in its own thread
+        generate()
+    monkeypatch.setattr(thread, "last_exception", None, raising=False)
+    assert thread.loop(thread.Task(generate)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any
 
 SCRIPT = "selfattention__perturbedattention_guidance"
 READY = "#txt2img_generate"
+PICTURES = "#txt2img_gallery img:not(.livePreview *)"
+"""The gallery's, without the one that is in the making."""
+
+
+QUESTIONS = re.compile("/run/predict|/queue/(join|data)")
+"""What gradio 3 and 4 ask the server with."""
 
 
 @contextmanager
@@ -18,17 +25,40 @@ def opened_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
     """The WebUI's page in a context of its own, loaded and set up."""
     window = browser.new_context(viewport={"width": 1400, "height": 1600}, **context)
     page = window.new_page()
+    page.set_default_timeout(60_000)  # on a busy machine the host's page alone takes many seconds
+    _count_questions(page)
     load(page, url)
     yield page
     window.close()
 
 
+def _count_questions(page: Any) -> None:
+    """Keeps with the page what it has asked the server and has no answer to yet."""
+    # functions of Python's own: playwright asks how many arguments they take
+    page.open_questions = waiting = set()
+    page.on("request", lambda request: waiting.add(request) if QUESTIONS.search(request.url) else None)
+    for kind in ("requestfinished", "requestfailed"):
+        page.on(kind, lambda request: waiting.discard(request))
+
+
+def answered(page: Any, wait: int = 1200) -> None:
+    """Waits so many milliseconds, and then until the server has answered all: a busy machine answers late."""
+    page.wait_for_timeout(wait)
+    quiet = 0
+    for _ in range(300):
+        quiet = 0 if getattr(page, "open_questions", ()) else quiet + 1
+        if quiet == 3:
+            return
+        page.wait_for_timeout(100)
+
+
 def load(page: Any, url: str) -> None:
     """Loads the page and waits until its scripts have run."""
     page.goto(url, wait_until="domcontentloaded")
+    page.open_questions.clear()  # those of the page before get no answer
     page.wait_for_selector(READY, timeout=120_000)
     page.wait_for_selector(".sag-pag-ready", state="attached", timeout=60_000)
-    page.wait_for_timeout(1500)
+    answered(page, 1500)
 
 
 def screenshot(target: Any, name: str) -> None:
@@ -36,6 +66,13 @@ def screenshot(target: Any, name: str) -> None:
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         target.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def keep(picture: Path, name: str) -> None:
+    """Copies a picture into that folder."""
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        shutil.copy(picture, Path(folder) / f"{name}.png")
 
 
 def element(tab: str, name: str) -> str:
@@ -51,7 +88,7 @@ def open_panel(page: Any, tab: str = "txt2img", *features: str) -> Any:
     for feature in features:
         page.locator(f"{element(tab, feature + '_enabled')} > .label-wrap").click()
         open_fold(page, tab, feature)
-    page.wait_for_timeout(800)
+    answered(page, 800)
     return panel
 
 
@@ -91,7 +128,7 @@ def generate(page: Any, *, steps: int = 2) -> None:
         field.fill(str(value))
         field.press("Tab")
     page.locator("#txt2img_generate").click()
-    page.wait_for_selector("#txt2img_gallery img", timeout=60_000)
+    page.wait_for_selector(PICTURES, timeout=60_000)
     page.wait_for_timeout(1500)
 
 

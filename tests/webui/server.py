@@ -169,6 +169,7 @@ def running_server(
     ``config.json``, ``arguments`` onto the command line. ``data_folder`` may exist already: config and outputs stay.
     """
     (data_folder / "extensions").mkdir(parents=True, exist_ok=True)
+    (data_folder / "tmp").mkdir(exist_ok=True)  # where Neo shows pictures from that are not saved; it makes none itself
     config = data_folder / "config.json"
     if not config.exists():
         own = {"sd_model_checkpoint": "sd1.safetensors", **installation.host.options}

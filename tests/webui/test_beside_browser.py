@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import element, open_panel, opened_page, screenshot
+from browser import answered, element, open_panel, opened_page, screenshot
 from server import REPOSITORY, Server
 
 TAB = "txt2img"
@@ -56,7 +56,7 @@ class Head(scripts.Script):
 
 def said(page: Any, tab: str = TAB) -> str | None:
     """What the head says of others, if it does."""
-    page.wait_for_timeout(1200)
+    answered(page, 1200)
     words = page.locator(f"{element(tab, 'panel')} > .label-wrap .sag-pag-beside")
     return " ".join(words.inner_text().split()) if words.is_visible() else None
 

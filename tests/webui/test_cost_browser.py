@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from browser import element, load, open_panel
+from browser import answered, element, load, open_panel
 from client import Client
 from test_forks_webui import counted
 from test_generation import guided, hires
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.only_on("forge", "reforge", "neo")
 
 def said(page: Any) -> float:
     """How many times the cost of the picture without guidance, as the closed panel says it."""
-    page.wait_for_timeout(2 * WAIT)
+    answered(page, 2 * WAIT)
     line = page.locator(f"{element('txt2img', 'panel')} .sag-pag-head").inner_text()
     return float(line.split("≈")[1].split("×")[0])
 
@@ -59,7 +59,7 @@ def test_no_cfg_in_the_hires_pass(page: Any, client: Client, host: str) -> None:
     request = {**hires(host, 1), "denoising_strength": 1.0}
     opened(page, client)
     page.locator("#txt2img_hr > .label-wrap").click()
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     for control, value in {"hr_scale": 1, "denoising_strength": 1, "hr_cfg": 5}.items():
         set_number(page, control, value)
     before = said(page)

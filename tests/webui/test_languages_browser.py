@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from browser import element, open_fold, open_panel, opened_page, screenshot
+from browser import answered, element, open_fold, open_panel, opened_page, screenshot
 from server import REPOSITORY, Server
 
 TAB = "txt2img"
@@ -34,18 +34,21 @@ def test_the_whole_panel_is_translated(browser: Any, start_server: Callable[...,
         open_fold(page, TAB, "both")
         page.locator(f"{element(TAB, 'pag_perturbation')} input").nth(1).check()
         page.locator(element(TAB, "preset_save")).click()
-        page.wait_for_timeout(2000)
+        answered(page, 2000)
         screenshot(panel, f"panel-{language}")
         shown = panel.evaluate(TEXTS)
         assert english & set(shown) == set()
         assert len(set(words.values()) & set(shown)) > 70
         page.locator(element(TAB, "preset_no")).click()
-        page.locator(f"{element(TAB, 'preset')} input").click()
+        box = page.locator(f"{element(TAB, 'preset')} input")
+        assert box.input_value() == words["Off"]
+        box.click()
         page.wait_for_timeout(300)
         listed = page.locator(f"{element(TAB, 'preset')} ul li").all_inner_texts()
         assert words["Half the extra time"] in [text.strip(" ✓\n") for text in listed]
         page.locator(f"{element(TAB, 'preset')} ul li", has_text=words["Subtle"]).click()
-        page.wait_for_timeout(1000)
+        answered(page, 1000)
+        assert box.input_value() == words["Subtle"]
         assert page.locator(element(TAB, "preset_status")).first.inner_text().startswith(
             words[next(key for key in words if key.startswith("For a picture that is nearly good"))]
         )

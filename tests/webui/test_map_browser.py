@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from browser import (
+    answered,
     choose_checkpoint,
     element,
     eventually,
@@ -67,7 +68,7 @@ def test_clicking_and_typing_follow_each_other(page: Any, client: Client, tab: s
     assert chosen(page, tab) == "output.3, output.4, output.5, output.6"
     text_field(page, tab, "pag_blocks").fill("d1, output.9-10")
     for _ in range(10):  # a busy machine answers late
-        page.wait_for_timeout(WAIT)
+        answered(page, WAIT)
         if pressed(page, tab) != ["output.3", "output.4", "output.5", "output.6"]:
             break
     assert pressed(page, tab) == ["input.2", "output.9", "output.10"]
@@ -92,7 +93,7 @@ def test_keyboard(page: Any, client: Client) -> None:
     page.keyboard.press("Home")
     page.keyboard.press("Shift+Enter")
     assert chosen(page).startswith("input.1, input.2, input.4")
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     assert page.evaluate("document.activeElement.dataset.name") == "input.1"
     page.keyboard.press("End")
     page.keyboard.press(" ")
@@ -113,7 +114,7 @@ def test_it_follows_the_checkpoint(page: Any, client: Client) -> None:
     block(page, "input.7.1").click()
     assert chosen(page) == "input.7.0, input.7.2, middle"
     assert block(page, "input.7").get_attribute("aria-pressed") == "mixed"
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     screenshot(panel, "map-sdxl")
     client.load_checkpoint("sd1")
 
@@ -123,7 +124,7 @@ def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
     load(page, page.url)
     assert head(page) == "off"
     open_panel(page, "txt2img", "pag")
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     page.locator(f"{element('txt2img', 'panel')} > .label-wrap").click()
     whole = re.search(r"PAG\s*≈ (\d\.\d\d)× for this picture$", " ".join(head(page).split()))
     assert whole is not None, head(page)
@@ -131,7 +132,7 @@ def test_cost_and_whether_anything_is_on(page: Any, client: Client) -> None:
     open_panel(page)
     page.locator(f"{element('txt2img', 'pag_end')} input[type=number]").fill("0.5")
     page.keyboard.press("Tab")
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     step, picture = prices(page)
     assert step == whole[1]
     assert float(picture) - 1 == pytest.approx((float(whole[1]) - 1) / 2, abs=0.011)
@@ -146,12 +147,12 @@ def test_hires_fix_is_counted(page: Any, client: Client) -> None:
     page.locator("#txt2img_hr_scale input[type=number]").fill("1")
     page.locator("#txt2img_denoising_strength input[type=number]").fill("1")
     page.keyboard.press("Tab")
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     both = re.search(r"≈ (\d\.\d\d)× for this picture", head(page))
     assert both is not None, head(page)
     open_fold(page, "txt2img", "both")
     page.locator(f"{element('txt2img', 'hires_pass')} label", has_text="first pass").click()
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     step, picture = prices(page)
     assert step == both[1]
     assert float(picture) - 1 == pytest.approx((float(both[1]) - 1) / 2, abs=0.011)
@@ -162,7 +163,7 @@ def test_img2img_has_no_hires_controls(page: Any) -> None:
         page.locator("#tabs button", has_text=tab).first.click()
         panel = open_panel(page, tab)
         open_fold(page, tab, "both")
-        page.wait_for_timeout(WAIT)
+        answered(page, WAIT)
         assert page.locator(element(tab, "rescale")).is_visible()
         assert page.locator(element(tab, "hires_pass")).is_visible() is there
         assert ("hires" in panel.inner_text()) is there
@@ -173,7 +174,7 @@ def test_a_wrong_name(page: Any, client: Client) -> None:
     client.load_checkpoint("sd1")
     panel = open_panel(page, "txt2img", "pag")
     text_field(page, "txt2img", "pag_blocks").fill("middle, outptu.3")
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     message = panel.locator(".sag-pag-state .sag-pag-error")
     words = message.inner_text()
     assert words.startswith("Blocks to perturb: \"outptu.3\" can't be used; did you mean output.3?"), words
@@ -250,7 +251,7 @@ def drag(page: Any, selector: str) -> None:
         page.mouse.move(box["x"] + 20 + step * (box["width"] - 60) / 40, box["y"] + box["height"] / 2)
         page.wait_for_timeout(25)
     page.mouse.up()
-    page.wait_for_timeout(2 * WAIT)
+    answered(page, 2 * WAIT)
 
 
 def test_dragging_asks_once(page: Any, client: Client) -> None:
@@ -261,7 +262,7 @@ def test_dragging_asks_once(page: Any, client: Client) -> None:
     closed = len(requests)
     page.locator("#txt2img_width input[type=number]").fill("512")
     open_panel(page, "txt2img", "pag")
-    page.wait_for_timeout(2 * WAIT)
+    answered(page, 2 * WAIT)
     before, size = len(requests), block(page, "input.1").get_attribute("data-size")
     drag(page, "#txt2img_width")
     assert len(requests) - before <= closed + 1
@@ -281,12 +282,12 @@ def test_resize_by_is_counted(page: Any, client: Client, tmp_path: Path) -> None
     source = tmp_path / "source.png"
     Image.new("RGB", (320, 192)).save(source)
     page.locator("#img2img_image input[type=file]").set_input_files(source)
-    page.wait_for_timeout(WAIT)
+    answered(page, WAIT)
     page.locator("#img2img_tabs_resize > .tab-nav button").last.click()
     page.locator("#img2img_scale input[type=number]").fill("2")
     page.locator("#img2img_scale input[type=number]").press("Tab")
-    page.wait_for_timeout(3 * WAIT)
+    answered(page, 3 * WAIT)
     assert block(page, "input.1", "img2img").get_attribute("data-size") == "80×48"
     page.locator("#img2img_tabs_resize > .tab-nav button").first.click()
-    page.wait_for_timeout(3 * WAIT)
+    answered(page, 3 * WAIT)
     assert block(page, "input.1", "img2img").get_attribute("data-size") == "64×64"

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from browser import READY, element, generate, load, open_panel, opened_page, screenshot, text_field
+from browser import (
+    PICTURES,
+    READY,
+    answered,
+    element,
+    generate,
+    keep,
+    load,
+    open_panel,
+    opened_page,
+    screenshot,
+    text_field,
+)
 from client import Client
-from server import Server
+from installations import Installation
+from server import REPOSITORY, Server, environment
 from test_generation import state
 
 
@@ -31,7 +46,7 @@ def test_reloading_the_ui(page: Any, client: Client, webui: Server) -> None:
     assert state(client)["callbacks"] == before
     open_panel(page, "txt2img", "pag")
     text_field(page, "txt2img", "pag_blocks").fill("output.3")
-    page.wait_for_timeout(900)
+    answered(page, 900)
     generate(page)
     assert "PAG blocks: output.3" in page.locator("#html_info_txt2img").first.inner_text()
     assert set(state(client)["calls"]) == {3}
@@ -51,6 +66,58 @@ def test_what_sag_sees_is_in_the_gallery(page: Any, client: Client) -> None:
     generate(page, steps=4)
     assert page.locator("#txt2img_gallery .thumbnails button, #txt2img_gallery .grid-container button").count() >= 2
     screenshot(page, "what-sag-sees")
+
+
+PRINTED = """
+import sys
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from sag_pag.webui.texts import PASSES
+sheet = np.asarray(Image.open(sys.argv[1]).convert("L"))
+for hires, words in PASSES.items():
+    if not hires:
+        continue
+    drawn = Image.new("L", (256, 24), 255)
+    ImageDraw.Draw(drawn).text((0, 8), words.strip(), fill=0, font=ImageFont.load_default())
+    ink = np.asarray(drawn)
+    rows, columns = (np.flatnonzero((ink < 255).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    windows = np.lib.stride_tricks.sliding_window_view(sheet[:48], ink.shape)
+    for left in np.flatnonzero((windows == ink).all((2, 3)).any(0)):
+        print(left, hires)
+"""
+"""Run by the host's Python, which draws letters as it does on the sheet: where each pass's name stands."""
+
+
+def test_a_sheet_says_which_pass_its_columns_are_of(
+    page: Any, client: Client, webui: Server, host: str, installation: Installation, tmp_path: Path
+) -> None:
+    """With hires. fix: two steps of the first pass, then two of the hires pass."""
+    client.load_checkpoint("sd1")
+    open_panel(page, "txt2img", "sag")
+    page.locator(f"{element('txt2img', 'sag_show')} input").check()
+    page.locator("#txt2img_hr > .label-wrap").click()
+    answered(page, 1000)
+    if host == "neo":  # it has no other without a download
+        page.locator("#txt2img_hr_upscaler input").click()
+        page.locator("#txt2img_hr_upscaler ul li", has_text="None").first.click()
+    for control, value in {"hr_scale": "1.5", "denoising_strength": "1", "hires_steps": "2"}.items():
+        page.locator(f"#txt2img_{control} input[type=number]").fill(value)
+        page.keyboard.press("Tab")
+    generate(page, steps=2)
+    pictures = page.locator(PICTURES).evaluate_all("found => found.map((picture) => picture.src)")
+    with urllib.request.urlopen(pictures[-1]) as answer:
+        sheet = tmp_path / "sheet.png"
+        sheet.write_bytes(answer.read())
+    keep(sheet, "hires-sheet")
+    printed = subprocess.run(
+        [installation.python, "-c", PRINTED, sheet], env=environment(installation) | {"PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    columns = sorted((int(left), name) for left, _, name in (line.partition(" ") for line in printed.splitlines()))
+    assert [name for _, name in columns] == ["first pass", "first pass", "hires pass", "hires pass"]
+    text = " ".join(page.locator("#html_info_txt2img").first.inner_text().split())
+    assert "Hires upscale: 1.5" in text
 
 
 def test_load_time(
@@ -96,13 +163,14 @@ def test_a_translation(browser: Any, start_server: Callable[..., Server], tmp_pa
     server = start_server(
         "translated", data_folder=folder, extensions=extension, options={"localization": "test"}, arguments=arguments,
     )  # fmt: skip
+    server.client.load_checkpoint("sd1")
     with opened_page(browser, server.url) as page:
         panel = open_panel(page, "txt2img")
         head = panel.locator(".sag-pag-head")
         assert head.inner_text() == "aus"
         open_panel(page, "txt2img", "pag")
         page.locator(f"{element('txt2img', 'pag_every')} input[type=number]").fill("2")  # so that both costs are shown
-        page.wait_for_timeout(1500)
+        answered(page, 1500)
         text = panel.inner_text()
         screenshot(panel, "panel-translated")
     for original, translated in words.items():

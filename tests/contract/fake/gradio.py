@@ -25,7 +25,7 @@ class Block:
         """An event, which the double never fires."""
         return self
 
-    click = select = submit = then = _listen
+    change = click = select = submit = then = _listen
 
 
 def Warning(message: str) -> None:  # noqa: N802 - gradio's name
