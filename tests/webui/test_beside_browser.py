@@ -1,4 +1,4 @@
-"""What the panel's head says while other extensions are on. Needs Chromium; ``NEIGHBOURS_DIR`` for ControlNet."""
+"""What the panel's head says while others are on. Needs Chromium; for A1111's ControlNet ``NEIGHBOURS_DIR``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from browser import answered, element, open_panel, opened_page, screenshot
+from installations import A1111
 from server import REPOSITORY, Server
 
 TAB = "txt2img"
@@ -93,25 +94,30 @@ def test_others_that_are_on_are_named(browser: Any, start_server: Callable[..., 
     server.stop()
 
 
-def test_controlnet_itself(browser: Any, start_server: Callable[..., Server]) -> None:
-    """Its version is part of its name, how many units are on is not."""
-    folder = os.environ.get("NEIGHBOURS_DIR")
-    if not folder:
-        pytest.skip("NEIGHBOURS_DIR does not name a folder of checkouts: ControlNet was not tried in a browser")
-    server = start_server(
-        "controlnet", extensions=EXTENSION | {"sd-webui-controlnet": Path(folder) / "sd-webui-controlnet"}
-    )
+def test_controlnet_itself(browser: Any, start_server: Callable[..., Server], host: str) -> None:
+    """Its version is part of its name, how many units are on is not. Forks bring it along."""
+    extensions, title = dict(EXTENSION), "ControlNet Integrated"
+    if host == A1111:
+        folder = os.environ.get("NEIGHBOURS_DIR")
+        if not folder:
+            pytest.skip("NEIGHBOURS_DIR does not name a folder of checkouts: ControlNet was not tried in a browser")
+        extensions["sd-webui-controlnet"], title = Path(folder) / "sd-webui-controlnet", "ControlNet v1."
+    server = start_server("controlnet", extensions=extensions)
     server.client.load_checkpoint("sd1")
     with opened_page(browser, server.url) as page:
         panel = open_panel(page, TAB, "pag")
         assert said(page) is None
-        page.locator(f"{SCRIPTS} .label-wrap", has_text="ControlNet v").first.click()
-        page.locator("#txt2img_controlnet_ControlNet-0_controlnet_enable_checkbox input").check()
+        page.locator(f"{SCRIPTS} .label-wrap", has_text=title).first.click()
+        unit = page.locator(f"{SCRIPTS} .cnet-unit-enabled-accordion > .label-wrap")
+        if unit.count():
+            unit.first.click()
+        box = page.locator("#txt2img_controlnet_ControlNet-0_controlnet_enable_checkbox input")
+        box.check()
         words = said(page)
         assert words is not None
-        assert words.startswith("not counting ControlNet v1.")
-        assert "unit" not in words
+        assert words.startswith(f"not counting {title}")
+        assert "unit" not in words.lower()
         screenshot(panel, "beside-controlnet")
-        page.locator("#txt2img_controlnet_ControlNet-0_controlnet_enable_checkbox input").uncheck()
+        box.uncheck()
         assert said(page) is None
     server.stop()

@@ -207,6 +207,8 @@ def test_everything_fits(browser: Any, webui: Server, client: Client, width: int
         column = ("rescale", "hires_pass", "hires_own_scales")
         lefts = [page.locator(element(TAB, name)).bounding_box()["x"] for name in column]
         assert len(set(lefts)) == 1, lefts
+        row, last = (page.locator(element(TAB, name)).bounding_box() for name in ("preset_row", "preset_delete"))
+        assert last["x"] + last["width"] <= row["x"] + row["width"] + 1
         for feature in ("pag_enabled", "sag_enabled"):
             box = page.locator(f"{element(TAB, feature)}-visible-checkbox").bounding_box()
             assert abs(box["y"] - head(page, feature).locator("span").first.bounding_box()["y"]) < 8, feature
@@ -230,8 +232,8 @@ def test_everything_fits(browser: Any, webui: Server, client: Client, width: int
         answered(page, WAIT)
         open_fold(page, TAB, "pag")
         aside = head(page, "pag_more").locator(".sag-pag-aside")
+        assert eventually(page, lambda: plain(aside.inner_text()).endswith("Fade to the end ✓"))
         assert aside.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight + 1")
-        assert plain(aside.inner_text()).endswith("Fade to the end ✓")
         screenshot(panel, f"panel-{width}")
 
 
