@@ -142,6 +142,14 @@ def computes_in(dtype: str) -> dict[str, str]:
     return {"dtype": dtype}
 
 
+def processors(count: int) -> dict[str, int]:
+    """Makes scripts that share their work out by the number of processors believe in another one."""
+    for data in scripts.scripts_data:
+        if hasattr(data.module, "cpu_count"):
+            data.module.cpu_count = lambda: count
+    return {"count": count}
+
+
 def _no_memory(measure: Any, *args: Any, **kwargs: Any) -> Any:
     """None for a call of the model; what is made in pieces of the memory that there is goes on as always."""
     asking = sys._getframe(1).f_code.co_name
@@ -228,6 +236,7 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/state", state, methods=["GET"])
     for route in (short_of_memory, plain_rows, count):
         app.add_api_route(f"/probe/{route.__name__}/{{on}}", route, methods=["POST"])
+    app.add_api_route("/probe/processors/{count}", processors, methods=["POST"])
     app.add_api_route("/probe/computes-in/{dtype}", computes_in, methods=["POST"])
     app.add_api_route("/probe/without/{mechanism}/{on}", without, methods=["POST"])
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
