@@ -206,11 +206,28 @@ def between(
 
 
 def similar_names(item: str, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that ``item`` may have meant: the same but for its signs, a number alone, or alike."""
+    """Those of ``names`` that ``item`` may have meant.
+
+    The same but for its signs, those with a number that stands alone, the nearest of its part, or one that looks alike.
+    """
     letters = re.sub(r"[\W_]", "", item.lower())
     same = [name for name in names if name.replace(".", "") == letters]
     numbered = [name for name in names if letters.isdecimal() and name.endswith(f".{int(letters[:9])}")]
-    return same or numbered or difflib.get_close_matches(item.lower(), names, n=1)
+    return same or numbered or _nearest_of_part(item, names) or difflib.get_close_matches(item.lower(), names, n=1)
+
+
+def _nearest_of_part(item: str, names: Sequence[str]) -> list[str]:
+    """The block or range of the same part whose numbers are nearest; none if ``item`` is none, or the part has none."""
+    found = re.fullmatch(rf"([a-z]+)\.({NUMBER})(?:-({NUMBER}))?", item.lower())
+    numbers = [int(name[len(found[1]) + 1 :]) for name in names if name.startswith(f"{found[1]}.")] if found else []
+    if not found or not numbers:
+        return []
+
+    def nearest(end: str) -> int:
+        return min(numbers, key=lambda number: abs(number - int(end)))
+
+    first, last = sorted((nearest(found[2]), nearest(found[3] or found[2])))
+    return [f"{found[1]}.{first}" if first == last else f"{found[1]}.{first}-{last}"]
 
 
 def items(text: str) -> list[str]:

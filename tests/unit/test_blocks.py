@@ -230,7 +230,9 @@ def test_no_unet(module: nn.Module) -> None:
 @pytest.mark.parametrize(("text", "meant"), [
     ("middel", ["middle"]), ("input4", ["input.4"]), ("input 4", ["input.4"]), ("INPUT_4", ["input.4"]),
     ("4", ["input.4", "output.4"]), ("11", ["output.11"]), ("outptu.3", ["output.3"]), ("cat", []),
-    ("999999999999", []), ("", []),
+    ("999999999999", []), ("", []), ("output.0", ["output.3"]), ("output.99", ["output.11"]), ("input.0", ["input.1"]),
+    ("output.2-99", ["output.3-11"]), ("output.0-2", ["output.3"]), ("output.5-3", ["output.3-5"]),
+    ("Input.9", ["input.5"]), ("middle.7", ["middle"]), ("joint.3", []),
 ])
 def test_what_may_have_been_meant(text: str, meant: list[str]) -> None:
     names = ["input.1", "input.2", "input.4", "input.5", "middle", *(f"output.{number}" for number in range(3, 12))]

@@ -1,15 +1,17 @@
 """Beside what forks bring along: ControlNet and IP-Adapter with tiny weights, StyleAlign, MultiDiffusion.
 
-``NEIGHBOURS_DIR`` names a folder of checkouts; the weights are in one beside it, whose name ends in ``-tiny``.
+``NEIGHBOURS_DIR`` names a folder of checkouts; ControlNet's weights are in one beside it, whose name ends in ``-tiny``.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from client import DEFAULTS, Client, Picture, encode_image
 from conftest import EXTENSIONS, ServerFactory
 from installations import Installation
@@ -25,13 +27,46 @@ HINT = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 pytestmark = pytest.mark.only_on(*FORKS)
 
 
+def write_ip_adapter(file: Path, *, widths: list[int], context: int) -> None:
+    """Random weights of an IP-Adapter: it makes four tokens of ``context`` channels of an embedding of 48, and keys and
+    values of them for cross-attentions of these ``widths``.
+
+    In half precision: forks on a processor can't use weights that they need not convert.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).half()
+
+    names = [(f"{2 * number + 1}.to_{part}_ip.weight", width) for number, width in enumerate(widths) for part in "kv"]
+    torch.save({
+        "image_proj": {
+            "proj.weight": drawn(4 * context, 48), "proj.bias": torch.zeros(4 * context).half(),
+            "norm.weight": torch.ones(context).half(), "norm.bias": torch.zeros(context).half(),
+        },
+        "ip_adapter": {name: drawn(width, context) for name, width in names},
+    }, file)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def beside(start_server: ServerFactory, installation: Installation) -> Client:
+def beside(
+    start_server: ServerFactory, installation: Installation, tmp_path_factory: pytest.TempPathFactory
+) -> Client:
     """A fork with the tiny weights."""
     folder = os.environ.get("NEIGHBOURS_DIR")
     if not folder or installation.name not in FORKS:
         pytest.skip("NEIGHBOURS_DIR does not name a folder of checkouts")
-    arguments = ("--controlnet-dir", f"{folder}-tiny")
+    models = tmp_path_factory.mktemp("controlnet")
+    for found in Path(f"{folder}-tiny").iterdir():
+        if not found.name.startswith("ip-adapter"):
+            (models / found.name).symlink_to(found)
+    # forks count input, output and middle blocks; SDXL's adapter is known by its 2048 channels, its blocks are counted
+    # as deep as they are in the real model
+    sd1 = [32, 32, 64, 64, *[128] * 5, *[64] * 3, *[32] * 3, 128]
+    sdxl = [*[64] * 4, *[128] * 50, *[64] * 6, *[128] * 10]
+    write_ip_adapter(models / "ip-adapter_tiny_sd1.pth", widths=sd1, context=64)
+    write_ip_adapter(models / "ip-adapter_tiny_sdxl.pth", widths=sdxl, context=2048)
+    arguments = ("--controlnet-dir", str(models))
     return start_server("built-in", extensions=EXTENSIONS, arguments=arguments).client
 
 
@@ -43,32 +78,33 @@ def scripts(own: dict[str, Any], **settings: Any) -> dict[str, Any]:
 def unit(client: Client, model: str, module: str = "None") -> dict[str, Any]:
     """One unit of ControlNet; ``model`` is the beginning of its name."""
     models = client.call("/controlnet/model_list")["model_list"]
-    name = next(found for found in models if found.startswith(model))
+    name = next(found for found in models if f"{found} ".startswith(model))  # some add a space and a checksum
     image = encode_image(HINT)
     return {"controlnet": {"args": [{"enabled": True, "model": name, "module": module, "image": image}]}}
 
 
-def known(client: Client, title: str) -> str:
-    """The script's title in small letters, where the fork has it."""
-    if title not in client.call("/sdapi/v1/scripts")["txt2img"]:
-        pytest.skip(f"it has no {title}")
-    return title
+def has(client: Client, title: str, tab: str = "txt2img") -> bool:
+    """Whether the fork has the script of that title, in small letters."""
+    return title in client.call("/sdapi/v1/scripts")[tab]
 
 
 def picture(client: Client, own: dict[str, Any], settings: dict[str, Any] | None = None, **payload: Any) -> Picture:
-    """The first picture: ControlNet adds its hint."""
-    return client.txt2img(**scripts(own, **(settings or {})), **payload).images[0]
+    """The first picture: ControlNet adds its hint. With ``init_images`` it is made from these."""
+    make = client.img2img if "init_images" in payload else client.txt2img
+    return make(**scripts(own, **(settings or {})), **payload).images[0]
 
 
-def assert_guided_and_then_not(client: Client, own: dict[str, Any], settings: dict[str, Any]) -> None:
+def assert_guided_and_then_not(
+    client: Client, own: dict[str, Any], settings: dict[str, Any], **payload: Any
+) -> None:
     """Off, on, off again; and on with extra rows that share nothing."""
-    client.txt2img(**scripts(own))  # a fork's first one may differ by itself
-    off, left = picture(client, own), state(client)["leftovers"]  # MultiDiffusion leaves what it has put on
-    on = picture(client, own, settings)
+    picture(client, own, **payload)  # a fork's first one may differ by itself
+    off, left = picture(client, own, **payload), state(client)["leftovers"]  # MultiDiffusion leaves what it has put on
+    on = picture(client, own, settings, **payload)
     assert difference(on, off) > 0.3
-    assert np.array_equal(picture(client, own), off)
+    assert np.array_equal(picture(client, own, **payload), off)
     with sharing_nothing(client):
-        assert largest(picture(client, own, settings), on) <= 1
+        assert largest(picture(client, own, settings, **payload), on) <= 1
     assert state(client)["leftovers"] == left
 
 
@@ -99,21 +135,22 @@ def test_controlnets_cost(beside: Client) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["sd1", "sdxl"])
-def test_ip_adapter(beside: Client, checkpoint: str) -> None:
+@pytest.mark.parametrize("settings", [PAG, {"sag_scale": 0.75}, BOTH], ids=str)
+def test_ip_adapter(beside: Client, checkpoint: str, settings: dict[str, Any]) -> None:
     """It replaces cross-attentions, and reads there which rows are conditional."""
     beside.load_checkpoint(checkpoint)
-    own = unit(beside, f"ip-adapter_tiny_{'sd15' if checkpoint == 'sd1' else 'sdxl'}", "an embedding")
-    if beside.request("/sdapi/v1/txt2img", DEFAULTS | scripts(own)).status != 200:
-        pytest.skip("it fails by itself on a CPU")
+    own = unit(beside, f"ip-adapter_tiny_{checkpoint} ", "an embedding")
     assert difference(picture(beside, own), picture(beside, {})) > 1
-    assert_guided_and_then_not(beside, own, BOTH)
+    assert_guided_and_then_not(beside, own, settings)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_style_align(beside: Client, strength: float) -> None:
     """Pictures of a batch look at each other: so do the host's rows, and extra rows make a call of their own."""
+    if not has(beside, "stylealign integrated"):
+        pytest.skip("it has no StyleAlign")
     beside.load_checkpoint("sd1")
-    own = {known(beside, "stylealign integrated"): {"args": [True, strength]}}
+    own = {"stylealign integrated": {"args": [True, strength]}}
     plain, off = (beside.txt2img(batch_size=2, **scripts(which)).images for which in ({}, own))
     assert difference(off[-1], plain[-1]) > 0.3
     on = beside.txt2img(batch_size=2, **scripts(own, **BOTH)).images
@@ -122,24 +159,33 @@ def test_style_align(beside: Client, strength: float) -> None:
     assert np.array_equal(beside.txt2img(batch_size=2, **scripts(own)).images[-1], off[-1])
 
 
-def multi_diffusion(client: Client, method: str, at_once: int) -> dict[str, Any]:
-    """Tiles of 64 pixels, which overlap by 32."""
-    return {known(client, "multidiffusion integrated"): {"args": [True, method, 64, 64, 32, at_once]}}
+MULTI_DIFFUSION = "multidiffusion integrated"
+
+
+def tiles(method: str, size: int, at_once: int) -> dict[str, Any]:
+    """Tiles of ``size`` pixels, which overlap by 32."""
+    return {MULTI_DIFFUSION: {"args": [True, method, size, size, 32, at_once]}}
 
 
 @pytest.mark.parametrize("method", ["MultiDiffusion", "Mixture of Diffusers"])
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_multi_diffusion(beside: Client, method: str, at_once: int) -> None:
-    """PAG works in tiles; in the middle of one of 64 pixels there is one token, and PAG does nothing."""
+    """PAG works in tiles; in the middle of one of 64 pixels there is one token, and PAG does nothing. Neo has it in
+    img2img only.
+    """
+    in_both = has(beside, MULTI_DIFFUSION)
+    assert in_both or has(beside, MULTI_DIFFUSION, "img2img")
+    tab, request = "txt2img", dict[str, Any]()
+    if not in_both:
+        tab, request = "img2img", {"init_images": [encode_image(HINT)], "denoising_strength": 0.8, "steps": 6}
     beside.load_checkpoint("sd1")
-    own = multi_diffusion(beside, method, at_once)
-    off = picture(beside, own)
-    assert difference(off, picture(beside, {})) > 1
-    assert largest(picture(beside, own, NULL), off) <= 1
-    assert_guided_and_then_not(beside, own, {**PAG, "pag_blocks": "output.3-5"})
-    refused = beside.request("/sdapi/v1/txt2img", DEFAULTS | scripts(own, **BOTH))
+    own, whole = tiles(method, 64, at_once), tiles(method, 256, at_once)
+    off = picture(beside, own, **request)
+    assert difference(off, picture(beside, {}, **request)) > 1
+    assert largest(picture(beside, own, NULL, **request), off) <= 1
+    assert_guided_and_then_not(beside, own, {**PAG, "pag_blocks": "output.3-5"}, **request)
+    refused = beside.request(f"/sdapi/v1/{tab}", DEFAULTS | request | scripts(own, **BOTH))
     assert refused.status == 422
     assert "beside MultiDiffusion Integrated" in refused.body["detail"]
-    whole = {title: {"args": [True, method, 256, 256, 32, at_once]} for title in own}
-    assert difference(picture(beside, whole, BOTH), picture(beside, whole)) > 0.3  # a picture of one tile
-
+    in_one = [picture(beside, whole, settings, **request) for settings in (BOTH, None)]
+    assert difference(*in_one) > 0.3  # a picture of one tile

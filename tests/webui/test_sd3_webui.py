@@ -13,7 +13,8 @@ import pytest
 from browser import element, open_panel, opened_page, screenshot, text_field
 from client import Client, Picture
 from conftest import EXTENSIONS, ServerFactory
-from server import HERE, Installation, Server
+from installations import Installation
+from server import HERE, Server, environment
 from test_generation import NOISE, difference, guided, state
 
 NOTE = "SAG/PAG note"
@@ -26,7 +27,7 @@ def run(installation: Installation, script: str, *arguments: object) -> str:
     """What one of the scripts beside this file prints, run by the WebUI's interpreter."""
     done = subprocess.run(
         [installation.python, HERE / script, *map(str, arguments)], cwd=installation.folder,
-        env=installation.environment(), text=True, capture_output=True, check=False,
+        env=environment(installation), text=True, capture_output=True, check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 STATE: dict[str, Any] = {
     "calls": [], "control_calls": [], "times": [], "raise_at": None, "hooks": [], "control_hooks": [], "counted": None,
-    "counter": None, "replaced": {},
+    "counter": None, "replaced": {}, "precision": None,
 }
 
 
@@ -65,7 +65,9 @@ def _middle() -> Any:
     return _unet().joint_blocks[-1] if hasattr(_unet(), "joint_blocks") else _unet().middle_block[0]
 
 
-def _before_middle(_module: Any, _args: tuple[Any, ...]) -> None:
+def _before_middle(module: Any, args: tuple[Any, ...]) -> None:
+    weight = next(parameter for parameter in module.parameters() if parameter.ndim > 1)
+    STATE["precision"] = {"stored": str(weight.dtype), "computed": str(args[0].dtype)}
     if STATE["raise_at"] is not None and len(STATE["calls"]) >= STATE["raise_at"]:
         STATE["raise_at"] = None
         raise RuntimeError("raised by the probe inside the U-Net")
@@ -125,6 +127,27 @@ def short_of_memory(on: int) -> dict[str, int]:
         measure = getattr(sys.modules.get(name), "get_free_memory", None)
         _replace(sys.modules.get(name), "get_free_memory", partial(_no_memory, measure), on)
     return {"on": on}
+
+
+def computes_in(dtype: str) -> dict[str, str]:
+    """Makes a fork compute the U-Nets that it loads from now on in this precision, as it would on a GPU: on a processor
+    it chooses float32, whatever precision weights are stored in.
+    """
+    wanted = getattr(torch, dtype)
+    backend, patched = map(sys.modules.get, ("backend.memory_management", "ldm_patched.modules.model_management"))
+    _replace(patched, "unet_manual_cast", lambda stored, *_: None if stored == wanted else wanted, on=1)
+    for chooses in ("get_computation_dtype", "inference_cast"):
+        if hasattr(backend, chooses):
+            _replace(backend, chooses, lambda *_, **__: wanted, on=1)
+    return {"dtype": dtype}
+
+
+def processors(count: int) -> dict[str, int]:
+    """Makes scripts that share their work out by the number of processors believe in another one."""
+    for data in scripts.scripts_data:
+        if hasattr(data.module, "cpu_count"):
+            data.module.cpu_count = lambda: count
+    return {"count": count}
 
 
 def _no_memory(measure: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +227,7 @@ def _on_app_started(_demo: Any, app: Any) -> None:
         remove_hooks()
         callbacks = {key: len(value) for key, value in script_callbacks.callback_map.items()}
         seen = {name: list(STATE[name]) for name in ("calls", "control_calls", "times")}
-        return {**seen, "leftovers": leftovers(), "callbacks": callbacks}
+        return {**seen, "leftovers": leftovers(), "callbacks": callbacks, "precision": STATE["precision"]}
 
     def raise_at(call: int) -> dict[str, int]:
         STATE["raise_at"] = call
@@ -213,6 +236,8 @@ def _on_app_started(_demo: Any, app: Any) -> None:
     app.add_api_route("/probe/state", state, methods=["GET"])
     for route in (short_of_memory, plain_rows, count):
         app.add_api_route(f"/probe/{route.__name__}/{{on}}", route, methods=["POST"])
+    app.add_api_route("/probe/processors/{count}", processors, methods=["POST"])
+    app.add_api_route("/probe/computes-in/{dtype}", computes_in, methods=["POST"])
     app.add_api_route("/probe/without/{mechanism}/{on}", without, methods=["POST"])
     app.add_api_route("/probe/raise-at/{call}", raise_at, methods=["POST"])
 
