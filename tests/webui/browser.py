@@ -45,11 +45,12 @@ def answered(page: Any, wait: int = 1200) -> None:
     """Waits so many milliseconds, and then until the server has answered all: a busy machine answers late."""
     page.wait_for_timeout(wait)
     quiet = 0
-    for _ in range(300):
+    for _ in range(200):
         quiet = 0 if getattr(page, "open_questions", ()) else quiet + 1
         if quiet == 3:
             return
         page.wait_for_timeout(100)
+    getattr(page, "open_questions", set()).clear()  # these get no answer any more
 
 
 def load(page: Any, url: str) -> None:
