@@ -105,7 +105,7 @@ def test_counted_costs(checkpoint: str, client: Client, installation: Any) -> No
     assert counted(client, **guided(**BOTH)) / off <= 1.86
 
 
-@pytest.mark.only_on("forge", "reforge", "neo")
+@pytest.mark.only_on("forge", "reforge", "neo", "classic")
 def test_no_cfg_has_one_row(client: Client) -> None:
     client.load_checkpoint("sd1")
     off = client.txt2img(cfg_scale=1.0).image
