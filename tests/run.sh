@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and all tests on a fresh machine with Python 3.10 to 3.12 and pip.
 #   bash tests/run.sh            everything that needs no WebUI
-#   WEBUI_DIR=… bash tests/run.sh   the tests in a real WebUI as well; FORGE_DIR, REFORGE_DIR and NEO_DIR name forks,
-#   NEIGHBOURS_DIR a folder with other extensions
+#   WEBUI_DIR=… bash tests/run.sh   the tests in a real WebUI as well; FORGE_DIR, REFORGE_DIR, NEO_DIR and
+#   CLASSIC_DIR name forks, NEIGHBOURS_DIR a folder with other extensions
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

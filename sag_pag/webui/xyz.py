@@ -72,7 +72,7 @@ def _confirm(parameter: Parameter, p: Any, cells: list[Any]) -> None:
 
 def _axes(p: Any) -> list[tuple[str, str]]:
     """The axes of the plot that ``p`` is for: label, and the values as they were written."""
-    plot = next(script for script in p.scripts.scripts if script.title() == "X/Y/Z plot")
+    plot = next(script for script in p.scripts.scripts if script.title().lower() == "x/y/z plot")  # Classic: "Plot"
     args = p.script_args[plot.args_from : plot.args_to]
     kinds, texts_written = args[0:9:3], args[1:9:3]  # each axis has three controls: kind, values, values to choose
     return [

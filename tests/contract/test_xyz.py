@@ -256,6 +256,14 @@ def test_bad_arguments_besides(host: Host) -> None:
         plot(host, host.processing_for({"sag_scale": 99}), {label(host, "pag_scale"): ["1"]})
 
 
+def test_a_plot_whose_title_is_written_otherwise(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forge Classic's."""
+    script = host.txt2img.find("X/Y/Z plot")
+    monkeypatch.setattr(script, "title", lambda: "X/Y/Z Plot")
+    with refused("pag_end"):
+        script.run(host.processing_for({"pag_scale": 1}), {label(host, "pag_end"): ["2"]})
+
+
 def test_metadata_of_the_cells(host: Host) -> None:
     p = host.processing_for({})
     axes = {label(host, "pag_scale"): ["2", "3.5"], label(host, "pag_enabled"): ["True", "False"]}

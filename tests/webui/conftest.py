@@ -1,4 +1,5 @@
-"""Fixtures for the tests against real WebUIs, which ``WEBUI_DIR``, ``FORGE_DIR``, ``REFORGE_DIR`` and ``NEO_DIR`` name.
+"""Fixtures for the tests against real WebUIs, which ``WEBUI_DIR``, ``FORGE_DIR``, ``REFORGE_DIR``, ``NEO_DIR`` and
+``CLASSIC_DIR`` name.
 
 Each test runs in each that is named; without any they are skipped, and say so. The forks need ``WEBUI_DIR`` too, with
 which the tiny checkpoints are made. ``only_on`` says where a test runs that is of some of them only.

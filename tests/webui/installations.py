@@ -45,6 +45,10 @@ HOSTS: Mapping[str, Host] = {
     ),
     "forge": Host("FORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS, *SERVES_ITSELF)),
     "reforge": Host("REFORGE_DIR", ("--always-cpu", "--all-in-fp32", *NO_DOWNLOADS)),
+    # at its default, 0, the first step has no negative prompt
+    "classic": Host(
+        "CLASSIC_DIR", ("--always-cpu", "--all-in-fp32", "--no-download-sd-model"), {"skip_early_cond": -1.0},
+    ),
     # it waits for a key where its config.json does not hold this
     "neo": Host("NEO_DIR", ("--cpu", "--force-fp32", *SERVES_ITSELF), {"VERSION_UID": "PY313"}),
 }

@@ -101,11 +101,11 @@ def test_counted_costs(checkpoint: str, client: Client, installation: Any) -> No
     load_known(client, checkpoint, installation.name)
     off = counted(client)
     assert counted(client, **guided(pag_scale=3.0)) / off <= 1.35
-    assert 1.49 < counted(client, **guided(sag_scale=0.75)) / off < 1.53
+    assert round(counted(client, **guided(sag_scale=0.75)) / off, 2) == 1.50
     assert counted(client, **guided(**BOTH)) / off <= 1.86
 
 
-@pytest.mark.only_on("forge", "reforge", "neo")
+@pytest.mark.only_on("forge", "reforge", "neo", "classic")
 def test_no_cfg_has_one_row(client: Client) -> None:
     client.load_checkpoint("sd1")
     off = client.txt2img(cfg_scale=1.0).image

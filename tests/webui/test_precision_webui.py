@@ -27,7 +27,10 @@ STARTED_WITH = {
     ("neo", BFLOAT16): "--bf16-unet", ("neo", FLOAT16): "--fp16-unet",
     ("neo", FLOAT8[0]): "--fp8_e4m3fn-unet", ("neo", FLOAT8[1]): "--fp8_e5m2-unet",
 }
-STARTED_WITH |= {("reforge", stored): argument for (host, stored), argument in STARTED_WITH.items() if host == "forge"}
+STARTED_WITH |= {
+    (other, stored): argument for (host, stored), argument in STARTED_WITH.items() if host == "forge"
+    for other in ("reforge", "classic")
+}
 COMPUTED = {BFLOAT16: BFLOAT16, FLOAT16: FLOAT16, FLOAT8[0]: FLOAT16, FLOAT8[1]: BFLOAT16}
 """What a fork would compute in on a GPU, by what it stores."""
 
@@ -86,7 +89,7 @@ def test_stored_in_less(checkpoint: str, precise: Precise) -> None:
     assert state(client)["precision"] == {"stored": stored, "computed": computed}
 
 
-@pytest.mark.only_on("forge", "reforge", "neo")
+@pytest.mark.only_on("forge", "reforge", "neo", "classic")
 @pytest.mark.parametrize("checkpoint", ["sd1", "sdxl"])
 def test_computed_in_less(checkpoint: str, precise: Precise) -> None:
     client, stored, _ = precise
