@@ -24,7 +24,7 @@ from lab import data, metrics
 from lab.classifier import Classifier, agreement
 from lab.files import written_whole
 from lab.metrics import Change, Estimate, Moments
-from lab.points import FEATURES, Feature, Point
+from lab.points import Part, Point
 from lab.results import Floor, Result, Setup
 from sag_pag.demo.captions import SHAPE_SLOTS, SIZE_SLOTS, describe
 from sag_pag.demo.layers import fused_attention
@@ -210,13 +210,9 @@ class Evaluation:
         """The Fréchet distance relative to another point's, both made."""
         return metrics.relative_change(self._measured_from(point), self.moments(since), self.moments(point))
 
-    def against(self, point: Point) -> dict[Feature, Change]:
-        """Of a point with both methods the Fréchet distance relative to each alone, where that has been made."""
-        settings = point.recipe.settings
-        if not (settings.sag_enabled and settings.pag_enabled):
-            return {}
-        alone = {feature: point.alone(feature) for feature in FEATURES}
-        return {feature: self.change(point, since=other) for feature, other in alone.items() if self.made(other)}
+    def against(self, point: Point) -> dict[Part, Change]:
+        """Of a mix the Fréchet distance relative to each of its parts, where that has been made."""
+        return {part: self.change(point, since=alone) for part, alone in point.parts.items() if self.made(alone)}
 
     def result(self, point: Point) -> Result:
         """The numbers of one point, all of whose groups (and its baseline's) have been made."""

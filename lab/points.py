@@ -17,6 +17,8 @@ MODES: tuple[Mode, ...] = ("unconditional", "captioned", "captioned, CFG 3")
 SWEPT_MODES: tuple[Mode, ...] = ("unconditional", "captioned, CFG 3")
 Feature = Literal["sag", "pag"]
 FEATURES: tuple[Feature, ...] = ("sag", "pag")
+Part = Literal["sag", "pag", "cfg"]
+PARTS: tuple[Part, ...] = (*FEATURES, "cfg")
 DEFAULT = "default"
 """The name of the default set beside those of the sweeps."""
 
@@ -52,6 +54,15 @@ class Point:
         """The same with the other feature switched off."""
         switches = {f"{name}_enabled": name == feature for name in FEATURES}
         return replace(self, recipe=replace(self.recipe, settings=self.recipe.settings.with_values(switches)))
+
+    @property
+    def parts(self) -> dict[Part, Point]:
+        """What a mix is made of: each of both methods alone; in a map of mixes with CFG, CFG alone at its scale."""
+        settings = self.recipe.settings
+        if self.mixed and settings.enabled:
+            return {"cfg": _mixed(self.recipe.cfg, "CFG alone", {}, sweep=self.sweep, steps=self.recipe.steps)}
+        both = settings.sag_enabled and settings.pag_enabled
+        return {feature: self.alone(feature) for feature in FEATURES} if both else {}
 
     def key(self, *, judged: str, group_size: int, bf16: bool) -> str:
         """A short name for resuming: of the weights, and of all in the recipe that has an effect. Not of the code."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from lab.evaluate import Evaluation
 from lab.metrics import Change, Estimate
-from lab.points import FEATURES, MIX, Point, axis_title
+from lab.points import MIX, PARTS, Point, axis_title
 from lab.results import Floor, Result, Setup, Sweep, write_csv
 
 
@@ -52,17 +52,21 @@ def markdown_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_ALONE = {"sag": "against SAG alone", "pag": "against PAG alone", "cfg": "against CFG alone at the same scale"}
+
+
 def combined_table(results: Sequence[Result]) -> str:
-    """Both methods together against each alone, where that has been measured; empty without such a point."""
-    rows = []
+    """Mixes against their parts, where that has been measured; empty without such a point."""
+    measured = [part for part in PARTS if any(part in result.against for result in results)]
+    if not measured:
+        return ""
+    heads = ["mode", "guidance", *(_ALONE[part] for part in measured)]
+    lines = ["", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for result in results:
         if result.against:
-            cells = [changed(result.against.get(feature)) for feature in FEATURES]
-            rows.append(f"| {result.point.mode} | {result.point.label} | {' | '.join(cells)} |")
-    if not rows:
-        return ""
-    head = "| mode | guidance | against SAG alone | against PAG alone |\n| --- | --- | --- | --- |"
-    return "\n".join(["", head, *rows, ""])
+            cells = [result.point.mode, result.point.label, *(changed(result.against.get(part)) for part in measured)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def footnote(setup: Setup, floor: Floor) -> str:

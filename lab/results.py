@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from lab.metrics import Change, Estimate
-from lab.points import DEFAULT, FEATURES, MODES, Feature, Point, default_points, sweep_points
+from lab.points import DEFAULT, MODES, PARTS, Part, Point, default_points, sweep_points
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Setup:
 class Result:
     """One point's numbers; ``change`` is the Fréchet distance's relative to no guidance, from the same seeds.
 
-    ``against`` is that of both methods together relative to each alone, where that has been measured. ``sizes_off`` and
+    ``against`` is that of a mix relative to each of its parts, where that has been measured. ``sizes_off`` and
     ``shapes_off`` say how far the sizes and shapes that the classifier sees (of the left object) are from being as
     frequent as among drawn pictures: the share that would have to be others. ``two_objects`` is the share of pictures
     in which it sees two objects.
@@ -49,7 +49,7 @@ class Result:
     shapes_off: Estimate
     two_objects: Estimate
     gigaflops: float
-    against: Mapping[Feature, Change] = field(default_factory=dict)
+    against: Mapping[Part, Change] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ DRAWN, DECODED = "drawn pictures", "drawn pictures, encoded and decoded"
 _SETUP = tuple(entry.name for entry in fields(Setup))
 _OF_DRAWN = ("frechet", "precision", "recall", "sizes_off", "shapes_off", "two_objects")
 _ESTIMATES = ("frechet", "precision", "recall", "agreement", "sizes_off", "shapes_off", "two_objects")
-_CHANGES = ("change", *(f"against_{feature}" for feature in FEATURES))
+_CHANGES = ("change", *(f"against_{part}" for part in PARTS))
 
 
 def _estimate_columns(name: str) -> tuple[str, str]:
@@ -124,8 +124,8 @@ def _row(result: Result) -> dict[str, object]:
         **asdict(result.setup),
         **_cells("change", result.change),
     }
-    for feature, change in result.against.items():
-        row |= _cells(f"against_{feature}", change)
+    for part, change in result.against.items():
+        row |= _cells(f"against_{part}", change)
     for name in _ESTIMATES:
         row |= _cells(name, getattr(result, name))
     return row
@@ -163,14 +163,14 @@ def _points(sweep: str, steps: int) -> dict[tuple[str, str], Point]:
 
 
 def _result(row: Mapping[str, str]) -> Result:
-    against = {feature: _change(row, f"against_{feature}") for feature in FEATURES}
+    against = {part: _change(row, f"against_{part}") for part in PARTS}
     numbers = {name: int(row[name]) for name in _SETUP if name not in ("drawn_of", "computed_in")}
     return Result(
         point=_points(row["sweep"], int(row["steps"]))[row["mode"], row["label"]],
         setup=Setup(**numbers, drawn_of=row["drawn_of"], computed_in=row["computed_in"]),
         change=_change(row, "change"),
         gigaflops=float(row["gflop_per_picture"]),
-        against={feature: change for feature, change in against.items() if change is not None},
+        against={part: change for part, change in against.items() if change is not None},
         **{name: _estimate(row, name) for name in _ESTIMATES},
     )
 

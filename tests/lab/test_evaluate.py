@@ -107,6 +107,7 @@ def test_mixes_with_cfg_are_measured_from_drawn_pictures_of_the_same_captions(ju
     assert result.frechet.value == pytest.approx(second)
     assert result.change is not None
     assert result.change.value == pytest.approx(second / first - 1)
+    assert result.against == {"cfg": result.change}  # SAG beside the best CFG, which is CFG alone at the same scale too
     assert judge.setup(default_points()[0]).drawn_of == "any captions"
 
 

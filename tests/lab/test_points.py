@@ -24,7 +24,11 @@ def test_the_map_of_mixes_is_against_cfg_alone_at_its_best() -> None:
     assert (first.label, first.recipe.cfg, first.recipe.settings.enabled) == ("CFG alone, CFG 2", 2.0, False)
     assert all(point.baseline == first and point.captioned for point in others)
     assert len({point.label for point in others}) == len(others)
-    assert {point.recipe.cfg for point in others if point.recipe.settings.enabled} == {1.0, 1.5, 2.0, 3.0}
+    mixes = [point for point in others if point.recipe.settings.enabled]
+    assert {point.recipe.cfg for point in mixes} == {1.0, 1.5, 2.0, 3.0}
+    alone = {point.recipe.cfg: point for point in (first, *others) if point not in mixes}
+    assert all(point.parts == {"cfg": alone[point.recipe.cfg]} for point in mixes)
+    assert not any(point.parts for point in alone.values())
 
 
 def test_the_best_mixes_are_of_the_map() -> None:
