@@ -218,7 +218,8 @@ class Evaluation:
         """The numbers of one point, all of whose groups (and its baseline's) have been made."""
         loaded = [load_file(self.path(point, group)) for group in self.size.numbers]
         compared = self.key(point) != self.key(point.baseline) and self.made(point.baseline)
-        precision, recall = self._coverage([part["features"] for part in loaded])
+        features = [part["features"] for part in loaded]
+        precision, recall = self._coverage(features)
         key = self.key(point)
         if key not in self.costs:
             caption = "red star on green" if point.captioned else ""
@@ -226,14 +227,14 @@ class Evaluation:
         return Result(
             point=point,
             setup=self.setup(point),
-            frechet=metrics.frechet_estimate(self._measured_from(point), self.moments(point)),
+            frechet=metrics.frechet_estimate(self._measured_from(point), [Moments.of(group) for group in features]),
             change=self.change(point, since=point.baseline) if compared else None,
             precision=precision,
             recall=recall,
             agreement=metrics.mean_estimate([part["agreement"] for part in loaded])
             if point.captioned
             else Estimate(math.nan, math.nan),
-            **self.seen([part["features"] for part in loaded]),
+            **self.seen(features),
             gigaflops=self.costs[key],
             against=self.against(point),
         )
